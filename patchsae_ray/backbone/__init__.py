@@ -1,0 +1,1 @@
+"""The frozen CLIP. Plain torch: nothing here knows of Ray."""

@@ -1,0 +1,185 @@
+"""The frozen CLIP: pixels → residual stream at the hook → image embedding.
+
+Shapes: n images, t tokens (CLS, patches row by row, then any prompt tokens), d width, e embedding.
+"""
+
+from typing import Any, Literal
+
+import open_clip
+import torch
+from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor, nn
+
+from patchsae_ray.backbone.config import BackboneConfig, resolve
+from patchsae_ray.backbone.weights import StateDict
+from patchsae_ray.errors import UserError, first_line
+
+TokenKind = Literal["all", "image", "patch", "cls"]
+DEFAULT_BLOCK_LAYER = -2
+
+
+class Backbone(nn.Module):
+    """CLIP's vision tower, cut at a hook after one of its blocks. Frozen; runs under `inference_mode`.
+
+    Args:
+        visual: open_clip's VisionTransformer.
+        config: what it was built from; its mean and std normalise the pixels.
+        block_layer: the block whose output is the hook; negative counts from the end.
+
+    Raises: UserError where the tower has no such block.
+    """
+
+    num_prompt_tokens = 0
+    """Learned prompt tokens at the end of the sequence; an adapted backbone has some."""
+
+    def __init__(self, visual: nn.Module, config: BackboneConfig, block_layer: int = DEFAULT_BLOCK_LAYER) -> None:
+        super().__init__()
+        self.visual: Any = visual.eval().requires_grad_(False)
+        self.config = config
+        self.hook_block = resolve_block(block_layer, len(self.visual.transformer.resblocks))
+        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
+
+    @property
+    def width(self) -> int:
+        return int(self.visual.conv1.out_channels)
+
+    @property
+    def num_tokens(self) -> int:
+        """t: CLS, patches, and prompt tokens if there are any."""
+        return int(self.visual.positional_embedding.shape[0]) + self.num_prompt_tokens
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.visual.conv1.weight.dtype  # type: ignore[no-any-return]
+
+    def cast(self, dtype: torch.dtype) -> "Backbone":
+        """Run the tower in this dtype; pixels are still normalised in float32."""
+        self.visual.to(dtype)
+        return self
+
+    def token_slice(self, kind: TokenKind) -> slice:
+        """Which of the t tokens `kind` means: all; image (CLS and patches); patch; cls."""
+        image_end = self.num_tokens - self.num_prompt_tokens
+        return {
+            "all": slice(0, self.num_tokens),
+            "image": slice(0, image_end),
+            "patch": slice(1, image_end),
+            "cls": slice(0, 1),
+        }[kind]
+
+    @torch.inference_mode()
+    def to_hook(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels [n, h, w, 3] → residual stream after the hook's block [n, t, d]."""
+        x = self.visual._embeds(self._normalise(pixels))
+        for block in self.visual.transformer.resblocks[: self.hook_block + 1]:
+            x = block(x)
+        return x  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def from_hook(self, residual: Tensor) -> Tensor:
+        """Residual [n, t, d] → image embedding [n, e], not made unit length.
+
+        Only the CLS row leaves the last block, so there the query, attention output and MLP run for that row alone.
+        """
+        x = residual.to(self.dtype)
+        blocks = self.visual.transformer.resblocks
+        for index in range(self.hook_block + 1, len(blocks)):
+            last = index == len(blocks) - 1
+            x = _cls_row(blocks[index], x) if last and self._reads_cls_alone(blocks[index]) else blocks[index](x)
+        pooled, _ = self.visual._pool(x)
+        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        x = pixels.permute(0, 3, 1, 2).to(torch.float32).div(255)
+        return ((x - self.mean) / self.std).to(self.dtype)
+
+    def _reads_cls_alone(self, block: nn.Module) -> bool:
+        pools_cls = self.visual.pool_type == "tok" and self.visual.attn_pool is None
+        return pools_cls and type(block) is ResidualAttentionBlock
+
+
+def _cls_row(block: Any, x: Tensor) -> Tensor:
+    """What the block gives for token 0, [n, 1, d]: keys and values of all tokens, everything else for one."""
+    normed = block.ln_1(x)
+    row = x[:, :1] + block.ls_1(block.attention(normed[:, :1], normed, normed))
+    return row + block.ls_2(block.mlp(block.ln_2(row)))  # type: ignore[no-any-return]
+
+
+def resolve_block(block_layer: int, num_blocks: int) -> int:
+    """A block number, negative from the end → its position from the front.
+
+    Raises: UserError where there is no such block.
+    """
+    if not -num_blocks <= block_layer < num_blocks:
+        raise UserError(
+            f"--block_layer {block_layer}: the model has {num_blocks} blocks; {-num_blocks} to {num_blocks - 1} would be right"
+        )
+    return block_layer % num_blocks
+
+
+def build_clip(config: BackboneConfig, state_dict: StateDict) -> nn.Module:
+    """Both towers with the weights in, float32, in evaluation mode.
+
+    Raises: UserError where the weights do not fit the model.
+    """
+    custom_text = bool(config.model.get("custom_text", False))
+    model_class = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
+    arguments = {key: value for key, value in config.model.items() if key != "custom_text"}
+    try:
+        with torch.device("meta"):
+            model = model_class(**arguments)
+    except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
+        raise UserError(f"--backbone {config.name} is no model that open_clip can build: {first_line(error)}") from error
+    weights = convert_to_custom_text_state_dict(state_dict) if custom_text else state_dict
+    weights = {name: value.to(torch.float32) for name, value in weights.items()}
+    _check_fit(model, weights, config)
+    model.load_state_dict(weights, strict=False, assign=True)
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            _rebuild_buffer(model, name, buffer)
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _check_fit(model: nn.Module, weights: StateDict, config: BackboneConfig) -> None:
+    wanted = dict(model.named_parameters())
+    for name in sorted(wanted):
+        if name not in weights:
+            raise UserError(f"--clip_weights: {name} is missing, which --backbone {config.name} needs")
+        have, want = tuple(weights[name].shape), tuple(wanted[name].shape)
+        if have != want:
+            raise UserError(f"--clip_weights: {name} has shape {have}, --backbone {config.name} needs {want}")
+    unknown = sorted(set(weights) - set(model.state_dict()))
+    if unknown:
+        raise UserError(f"--clip_weights: {unknown[0]} and {len(unknown) - 1} more are unknown to --backbone {config.name}")
+
+
+def _rebuild_buffer(model: nn.Module, name: str, buffer: Tensor) -> None:
+    """The one buffer of open_clip's towers is the text tower's causal mask: -inf above the diagonal."""
+    if not name.endswith("attn_mask"):
+        raise UserError(f"--backbone: its buffer {name} is not one that patchsae_ray knows how to fill")
+    owner, _, leaf = name.rpartition(".")
+    mask = torch.full(buffer.shape, float("-inf")).triu_(1)
+    model.get_submodule(owner).register_buffer(leaf, mask, persistent=False)
+
+
+def load_backbone(
+    name: str = "demo",
+    clip_weights: str | None = None,
+    block_layer: int = DEFAULT_BLOCK_LAYER,
+    device: str | torch.device = "cpu",
+) -> Backbone:
+    """A frozen backbone by open_clip name, JSON model config or `demo`, in float32.
+
+    Args:
+        name: `--backbone`.
+        clip_weights: `--clip_weights`: an open_clip tag or a path; not needed for `demo`.
+        block_layer: the block after which the hook sits.
+        device: where it runs.
+
+    Raises: UserError for whatever is wrong with the name, the weights or the layer.
+    """
+    config, weights = resolve(name, clip_weights)
+    model: Any = build_clip(config, weights.state_dict)
+    return Backbone(model.visual, config, block_layer).to(device)

@@ -1,0 +1,171 @@
+"""Every form in which CLIP weights come, made into one open_clip state dict.
+
+Nothing is unpickled: `.pt` files go through torch's `weights_only` loader, OpenAI's archives are TorchScript and only
+their state dict is taken (the module is never called), everything else is safetensors.
+"""
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from patchsae_ray import storage
+from patchsae_ray.errors import UserError, first_line
+
+StateDict = dict[str, torch.Tensor]
+
+# Buffers and scalars that OpenAI's archives and Hugging Face's directories carry beside the weights.
+_NOT_WEIGHTS = {"input_resolution", "context_length", "vocab_size"}
+
+_HF_BLOCK = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_HF_PLAIN = {
+    "logit_scale": "logit_scale",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",  # the misspelling is Hugging Face's
+    "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
+    "vision_model.post_layernorm.weight": "visual.ln_post.weight",
+    "vision_model.post_layernorm.bias": "visual.ln_post.bias",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+}
+_HF_TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state dict in open_clip's naming and what its source says about the model."""
+
+    state_dict: StateDict
+    source: str
+    """Where it came from, for the log and run.json."""
+    quick_gelu: bool | None = None
+    """What the source says of the activation; None where it says nothing and the model config decides."""
+
+
+def read_weights(path: str) -> Weights:
+    """Read open_clip's state dict (.pt, .safetensors), OpenAI's archive or a Hugging Face CLIP directory.
+
+    Raises: UserError that names the file where it is missing, cut short or of no known form.
+    """
+    if not storage.is_local(path):
+        raise UserError(f"--clip_weights {path}: weights are read from local files; copy it to this machine first")
+    file = Path(path)
+    if file.is_dir():
+        return _read_hugging_face(file)
+    if not file.is_file():
+        raise UserError(f"--clip_weights {path}: no such file or folder")
+    if file.suffix == ".safetensors":
+        state_dict = _read_safetensors(file)
+        if "vision_model.embeddings.class_embedding" in state_dict:
+            state_dict = from_hugging_face(state_dict)
+        return Weights(_clean(state_dict, path), path)
+    if _is_torchscript(file):
+        return Weights(_clean(_read_torchscript(file), path), path, quick_gelu=True)
+    return Weights(_clean(_read_torch(file), path), path)
+
+
+def _read_safetensors(file: Path) -> StateDict:
+    try:
+        return dict(load_file(file))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a whole safetensors file: {error}") from error
+
+
+def _is_torchscript(file: Path) -> bool:
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _read_torchscript(file: Path) -> StateDict:
+    try:
+        return dict(torch.jit.load(str(file), map_location="cpu").state_dict())
+    except RuntimeError as error:
+        raise UserError(f"{file} is not a whole TorchScript archive: {first_line(error)}") from error
+
+
+def _read_torch(file: Path) -> StateDict:
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types here; the file is at fault in each
+        raise UserError(f"{file} is not a checkpoint of tensors alone: {first_line(error)}") from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise UserError(f"{file} holds no state dict; expected names mapped to tensors")
+    return loaded
+
+
+def _clean(state_dict: StateDict, source: str) -> StateDict:
+    """Without a DDP wrapper's prefix and without what is no weight."""
+    names = (name.removeprefix("module.") for name in state_dict)
+    cleaned = {name: value for name, value in zip(names, state_dict.values(), strict=True) if name not in _NOT_WEIGHTS}
+    if "visual.class_embedding" not in cleaned:
+        raise UserError(f"{source} holds no CLIP vision transformer: 'visual.class_embedding' is missing")
+    return cleaned
+
+
+def _read_hugging_face(folder: Path) -> Weights:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    for needed in (weights, config):
+        if not needed.is_file():
+            raise UserError(f"--clip_weights {folder}: a Hugging Face CLIP directory holds {needed.name}, this has none")
+    try:
+        parsed = json.loads(config.read_text())
+    except ValueError as error:
+        raise UserError(f"{config} is not JSON: {error}") from error
+    if parsed.get("model_type") != "clip":
+        raise UserError(f"{config}: model_type is {parsed.get('model_type')!r}, expected 'clip'")
+    # Hugging Face's CLIP defaults to quick_gelu where the config leaves the activation out.
+    activation = (parsed.get("vision_config") or {}).get("hidden_act", "quick_gelu")
+    state_dict = from_hugging_face(_read_safetensors(weights))
+    return Weights(_clean(state_dict, str(folder)), str(folder), quick_gelu=activation == "quick_gelu")
+
+
+def from_hugging_face(state_dict: StateDict) -> StateDict:
+    """Hugging Face's CLIPModel naming → open_clip's: q, k and v stacked, projections transposed."""
+    renamed: StateDict = {}
+    for name, value in state_dict.items():
+        if name in _HF_PLAIN:
+            renamed[_HF_PLAIN[name]] = value
+        elif name in _HF_TRANSPOSED:
+            renamed[_HF_TRANSPOSED[name]] = value.T.contiguous()
+        elif ".encoder.layers." in name:
+            tower, rest = name.split(".encoder.layers.")
+            index, rest = rest.split(".", 1)
+            block = f"{'visual.' if tower == 'vision_model' else ''}transformer.resblocks.{index}"
+            stem, kind = rest.rsplit(".", 1)
+            if stem in _HF_BLOCK:
+                renamed[f"{block}.{_HF_BLOCK[stem]}.{kind}"] = value
+            elif stem == "self_attn.q_proj":
+                parts = [state_dict[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+                renamed[f"{block}.attn.in_proj_{kind}"] = torch.cat(parts)
+    return renamed
+
+
+def state_digest(state_dict: StateDict) -> str:
+    """One digest for the same tensors, whatever file form they came in."""
+
+    def parts() -> "list[bytes | str]":
+        found: list[bytes | str] = []
+        for name in sorted(state_dict):
+            value = state_dict[name].detach().cpu().contiguous()
+            found += [name, str(value.dtype), str(tuple(value.shape)), value.view(-1).view(torch.uint8).numpy().data]
+        return found
+
+    return storage.digest(parts())

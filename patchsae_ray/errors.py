@@ -1,0 +1,23 @@
+"""The one exception that means the user can put it right."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something given from outside is wrong.
+
+    The message is one line that names the file or flag and says what would be right; a job prints it and exits with 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest known name, or an empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an exception's text, or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""What is counted: accumulators that merge in any order."""

@@ -1,0 +1,1 @@
+"""The jobs as Ray pipelines. Ray is imported here and nowhere else."""

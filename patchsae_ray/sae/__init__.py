@@ -1,0 +1,1 @@
+"""The sparse autoencoder. Plain torch: nothing here knows of Ray."""
