@@ -124,35 +124,56 @@ def build_clip(config: BackboneConfig, state_dict: StateDict) -> nn.Module:
 
     Raises: UserError where the weights do not fit the model.
     """
+    model = _empty_clip(config)
     custom_text = bool(config.model.get("custom_text", False))
-    model_class = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
-    arguments = {key: value for key, value in config.model.items() if key != "custom_text"}
-    try:
-        with torch.device("meta"):
-            model = model_class(**arguments)
-    except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
-        raise UserError(f"--backbone {config.name} is no model that open_clip can build: {first_line(error)}") from error
     weights = convert_to_custom_text_state_dict(state_dict) if custom_text else state_dict
-    weights = {name: value.to(torch.float32) for name, value in weights.items()}
-    _check_fit(model, weights, config)
-    model.load_state_dict(weights, strict=False, assign=True)
+    _fill(model, weights, config)
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             _rebuild_buffer(model, name, buffer)
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return model
 
 
-def _check_fit(model: nn.Module, weights: StateDict, config: BackboneConfig) -> None:
-    wanted = dict(model.named_parameters())
+def build_vision(config: BackboneConfig, state_dict: StateDict) -> nn.Module:
+    """The vision tower alone, from the `visual.` part of a state dict.
+
+    Raises: UserError where the weights do not fit the model.
+    """
+    visual: nn.Module = _empty_clip(config).visual
+    _fill(visual, vision_state(state_dict, keep_prefix=False), config)
+    return visual
+
+
+def vision_state(state_dict: StateDict, keep_prefix: bool = True) -> StateDict:
+    """The vision tower's part of a CLIP state dict, under its own names or with `visual.` cut off."""
+    cut = 0 if keep_prefix else len("visual.")
+    return {name[cut:]: value for name, value in state_dict.items() if name.startswith("visual.")}
+
+
+def _empty_clip(config: BackboneConfig) -> Any:
+    model_class = open_clip.CustomTextCLIP if config.model.get("custom_text", False) else open_clip.CLIP
+    arguments = {key: value for key, value in config.model.items() if key != "custom_text"}
+    try:
+        with torch.device("meta"):
+            return model_class(**arguments)
+    except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
+        raise UserError(f"--backbone {config.name} is no model that open_clip can build: {first_line(error)}") from error
+
+
+def _fill(module: nn.Module, weights: StateDict, config: BackboneConfig) -> None:
+    weights = {name: value.to(torch.float32) for name, value in weights.items()}
+    wanted = dict(module.named_parameters())
     for name in sorted(wanted):
         if name not in weights:
             raise UserError(f"--clip_weights: {name} is missing, which --backbone {config.name} needs")
         have, want = tuple(weights[name].shape), tuple(wanted[name].shape)
         if have != want:
             raise UserError(f"--clip_weights: {name} has shape {have}, --backbone {config.name} needs {want}")
-    unknown = sorted(set(weights) - set(model.state_dict()))
+    unknown = sorted(set(weights) - set(module.state_dict()))
     if unknown:
         raise UserError(f"--clip_weights: {unknown[0]} and {len(unknown) - 1} more are unknown to --backbone {config.name}")
+    module.load_state_dict(weights, strict=False, assign=True)
+    module.eval().requires_grad_(False)
 
 
 def _rebuild_buffer(model: nn.Module, name: str, buffer: Tensor) -> None:
@@ -181,5 +202,4 @@ def load_backbone(
     Raises: UserError for whatever is wrong with the name, the weights or the layer.
     """
     config, weights = resolve(name, clip_weights)
-    model: Any = build_clip(config, weights.state_dict)
-    return Backbone(model.visual, config, block_layer).to(device)
+    return Backbone(build_vision(config, weights.state_dict), config, block_layer).to(device)

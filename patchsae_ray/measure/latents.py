@@ -122,7 +122,7 @@ class LatentStatistics:
         """Everything as arrays; class counts, sparse by nature, as (latent, class, count) triples."""
         triples = [(np.flatnonzero(counts), label, counts) for label, counts in sorted(self.class_counts.items())]
         return {
-            "num_images": np.array(self.num_images),
+            "num_images": np.array([self.num_images]),
             "sums": self.sums.cpu().numpy(),
             "active_images": self.active_images.cpu().numpy(),
             "top_values": self.top.values.cpu().numpy(),
@@ -138,7 +138,7 @@ class LatentStatistics:
     def from_arrays(cls, arrays: Arrays) -> "LatentStatistics":
         num_latents, top_k = arrays["top_values"].shape
         made = cls(num_latents, top_k)
-        made.num_images = int(arrays["num_images"])
+        made.num_images = int(arrays["num_images"][0])
         made.sums = torch.from_numpy(arrays["sums"])
         made.active_images = torch.from_numpy(arrays["active_images"])
         names = ("top_values", "top_positions", "top_labels")

@@ -1,0 +1,41 @@
+"""What every job's script does: settings in, pipeline called, one line and exit code 2 for what the user can put right."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from patchsae_ray.errors import UserError
+from patchsae_ray.settings import RunSettings, parse
+
+S = TypeVar("S", bound=RunSettings)
+
+
+def run_job(settings_class: type[S], run: Callable[[S], Any], arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run a job. Returns the exit code: 0, 2 for a UserError, 130 after an interrupt."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    for noisy in ("fsspec", "botocore", "aiobotocore", "urllib3", "httpx", "matplotlib", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        run(parse(settings_class, arguments))
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except Exception as error:
+        known = user_error(error)
+        if known is None:
+            raise
+        sys.stderr.write(f"error: {known}\n")
+        return 2
+    return 0
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The UserError in an exception, whether it was raised here or in a Ray worker."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if type(seen) is UserError:
+            return seen
+        cause = getattr(seen, "cause", None)
+        seen = cause if isinstance(cause, BaseException) else seen.__cause__
+    return None

@@ -1,0 +1,102 @@
+"""A data set's name → its source, class names and templates: configs/datasets/NAME.yaml."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import open_clip
+
+from patchsae_ray import configs, storage
+from patchsae_ray.data.manifest import Manifest
+from patchsae_ray.data.sources import build_manifest
+from patchsae_ray.errors import UserError, nearest
+
+_KEYS = frozenset(
+    {"source", "splits", "split", "image", "label", "classnames", "backbone", "train_defaults", "licence", "url"}
+)
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """A catalog entry; every field but the source may be left out of the file."""
+
+    name: str
+    source: str
+    """Path or URI of the whole data set."""
+    splits: dict[str, str] = field(default_factory=dict)
+    """Split → its path or glob under the source."""
+    split: str | None = None
+    """The split that is read where none is asked for."""
+    image: str = "image"
+    """Parquet's image column."""
+    label: str = "label"
+    """Parquet's label column."""
+    classnames: str | None = None
+    """A JSON list or text file, or `openai_imagenet`; None takes the source's own names."""
+    backbone: str | None = None
+    """The backbone that training takes where none is given."""
+    train_defaults: dict[str, Any] = field(default_factory=dict)
+    """Training settings that suit this data set better than PatchSAE's; flags and --config win over them."""
+    licence: str | None = None
+    url: str | None = None
+
+
+def find_entry(name: str) -> DatasetEntry | None:
+    """The catalog entry of a name, or None."""
+    found = configs.find("datasets", name, allowed=_KEYS, required=frozenset({"source"}))
+    return None if found is None else DatasetEntry(name=name, **found)
+
+
+def open_dataset(name: str, path: str | None, split: str | None, classnames: str | None) -> Manifest:
+    """The manifest for `--dataset_name`, `--dataset_path`, `--split` and `--classnames`.
+
+    With a path the name is just a name; without one it is looked up in the catalog.
+
+    Raises: UserError for an unknown name or split, a source that is not there, or a class list that does not fit.
+    """
+    given = read_classnames(classnames) if classnames else None
+    if path:
+        return _with_names(build_manifest(path, split), given)
+    entry = find_entry(name)
+    if entry is None:
+        known = configs.names("datasets")
+        raise UserError(
+            f"--dataset_name {name}: not in configs/datasets ({', '.join(known)}){nearest(name, known)}; "
+            "give --dataset_path for your own images"
+        )
+    split = split or entry.split
+    source = entry.source
+    if split and entry.splits:
+        if split not in entry.splits:
+            raise UserError(f"--split {split}: {name} has {', '.join(entry.splits)}{nearest(split, entry.splits)}")
+        source, split = storage.join(source, entry.splits[split]), None
+    manifest = build_manifest(source, split, entry.image, entry.label)
+    return _with_names(manifest, given or (read_classnames(entry.classnames) if entry.classnames else None))
+
+
+def read_classnames(source: str) -> tuple[str, ...]:
+    """Class names from a JSON list or a text file, one a line; `openai_imagenet` is OpenAI's list of 1,000.
+
+    Raises: UserError where the file is not there or is no list of distinct names.
+    """
+    if source == "openai_imagenet":
+        return tuple(open_clip.IMAGENET_CLASSNAMES)
+    text = storage.read_text(source)
+    names: Any = [line.strip() for line in text.splitlines() if line.strip()]
+    if source.endswith(".json"):
+        try:
+            names = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"--classnames {source} is not JSON: {error}") from error
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"--classnames {source}: expected a list of names, one a class")
+    return tuple(names)
+
+
+def _with_names(manifest: Manifest, classnames: Sequence[str] | None) -> Manifest:
+    if classnames is None or not manifest.labelled:
+        return manifest
+    if len(classnames) < manifest.num_classes:
+        raise UserError(f"--classnames has {len(classnames)} names, {manifest.source} has {manifest.num_classes} classes")
+    return manifest.with_classnames(classnames)

@@ -1,0 +1,139 @@
+"""Reading a unit: its images' bytes and labels, decoded to one block of pixels."""
+
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from patchsae_ray import storage
+from patchsae_ray.data.images import BadImage, decode
+from patchsae_ray.data.manifest import NO_LABEL, Reading, Segment, Unit
+from patchsae_ray.data.sources import IMAGE_EXTENSIONS, member_key
+from patchsae_ray.errors import UserError
+
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Raw:
+    """One image as it lies in its source."""
+
+    path: str
+    data: bytes
+    label: int
+
+
+@dataclass
+class DecodedUnit:
+    """A unit's readable images; n of them."""
+
+    pixels: np.ndarray
+    """[n, size, size, 3] uint8."""
+    positions: np.ndarray
+    """[n] int64."""
+    labels: np.ndarray
+    """[n] int64, -1 without one."""
+    bad: list[tuple[int, str, str]]
+    """(position, path, reason) of each image that could not be read."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Stage times: read, decode."""
+
+
+def decode_unit(unit: Unit, reading: Reading, size: int) -> DecodedUnit:
+    """Read and decode a unit's images to [n, size, size, 3]; unreadable ones are listed with the reason."""
+    pixels, positions, labels, bad = [], [], [], []
+    seconds = {"read": 0.0, "decode": 0.0}
+    position = unit.start
+    mark = time.perf_counter()
+    for raw in read_unit(unit, reading):
+        opened = time.perf_counter()
+        seconds["read"] += opened - mark
+        try:
+            pixels.append(decode(raw.data, size))
+            positions.append(position)
+            labels.append(raw.label)
+        except BadImage as error:
+            bad.append((position, raw.path, str(error)))
+        position += 1
+        mark = time.perf_counter()
+        seconds["decode"] += mark - opened
+    if position - unit.start != unit.count:
+        raise UserError(f"{unit.segments[0].uri} changed while it was read: {position - unit.start} images, expected {unit.count}")
+    block = np.stack(pixels) if pixels else np.zeros((0, size, size, 3), dtype=np.uint8)
+    return DecodedUnit(block, np.array(positions, np.int64), np.array(labels, np.int64), bad, seconds)
+
+
+def read_unit(unit: Unit, reading: Reading) -> Iterator[Raw]:
+    """A unit's images in order."""
+    readers = {"folder": _read_folder, "parquet": _read_parquet, "tar": _read_tar}
+    for segment in unit.segments:
+        yield from readers[reading.format](segment, reading)
+
+
+def _read_folder(segment: Segment, reading: Reading) -> Iterator[Raw]:
+    for name, label in zip(segment.names, segment.labels, strict=True):
+        yield Raw(name, storage.read_bytes(storage.join(segment.uri, name)), label)
+
+
+def _read_parquet(segment: Segment, reading: Reading) -> Iterator[Raw]:
+    columns = [reading.image_column, *([reading.label_column] if reading.label_column else [])]
+    label_of = {value: label for label, value in enumerate(reading.label_values)}
+    with storage.open_read(segment.uri) as opened:
+        file = pq.ParquetFile(opened)
+        groups, skip = _row_groups(file, segment)
+        row = segment.first - skip
+        end = segment.first + segment.count
+        for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=columns):
+            if row + batch.num_rows > segment.first and row < end:
+                low, high = max(0, segment.first - row), min(batch.num_rows, end - row)
+                for index, record in enumerate(batch.slice(low, high - low).to_pylist()):
+                    image = record[reading.image_column]
+                    path, data = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (None, image)
+                    label = record[reading.label_column] if reading.label_column else NO_LABEL
+                    label = label_of.get(str(label), NO_LABEL) if label_of else label
+                    name = path or f"{segment.uri}#{row + low + index}"
+                    yield Raw(name, data or b"", NO_LABEL if label is None else int(label))
+            row += batch.num_rows
+
+
+def _row_groups(file: "pq.ParquetFile", segment: Segment) -> tuple[list[int], int]:
+    """The row groups that hold a segment, and how many of their rows come before it."""
+    groups, row, skip = [], 0, 0
+    for index in range(file.num_row_groups):
+        rows = file.metadata.row_group(index).num_rows
+        if row < segment.first + segment.count and row + rows > segment.first:
+            if not groups:
+                skip = segment.first - row
+            groups.append(index)
+        row += rows
+    return groups, skip
+
+
+def _read_tar(segment: Segment, reading: Reading) -> Iterator[Raw]:
+    """Samples from a byte offset on; members of one sample lie side by side, as in WebDataset."""
+    with storage.open_read(segment.uri) as opened:
+        opened.seek(segment.first)
+        found = 0
+        with tarfile.open(fileobj=opened, mode="r|") as archive:
+            key, path, data, label = "", "", None, NO_LABEL
+            for member in archive:
+                member_of, extension = member_key(member.name)
+                if member_of != key:
+                    if data is not None:
+                        yield Raw(path, data, label)
+                        found += 1
+                        if found == segment.count:
+                            return
+                    key, data, label = member_of, None, NO_LABEL
+                content = archive.extractfile(member) if member.isfile() else None
+                if content is None:
+                    continue
+                if extension in IMAGE_EXTENSIONS and data is None:
+                    path, data = member.name, content.read()
+                elif extension == ".cls":
+                    label = int(content.read())
+            if data is not None:
+                yield Raw(path, data, label)

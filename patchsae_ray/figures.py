@@ -1,0 +1,110 @@
+"""Plots as PNG bytes."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from patchsae_ray.data.images import BadImage, decode
+from patchsae_ray.data.manifest import Manifest
+from patchsae_ray.data.units import read_unit
+from patchsae_ray.measure.latents import LatentResult
+
+matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+
+_THUMBNAIL = 96
+
+
+def top_images(result: LatentResult, manifest: Manifest, num_latents: int) -> bytes:
+    """A grid: a row a latent, its top images from the left, the latent's number, frequency and the image's class with them.
+
+    The latents shown have the largest mean activations among those that are active on at least as many images as are
+    shown and on at most half of all images, so that a row says something.
+    """
+    top = result.top
+    shown = _choose(result, num_latents)
+    columns = top.positions.shape[1]
+    wanted = {int(position) for latent in shown for position in top.positions[latent] if position >= 0}
+    pictures = thumbnails(manifest, wanted)
+    rows = max(1, len(shown))
+    figure = Figure(figsize=(1.0 * columns + 1.6, 1.17 * rows + 0.5), dpi=110)
+    figure.suptitle(f"Images with the largest mean activation, {len(shown)} of {len(result.sparsity):,} latents", y=0.995)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, latent in enumerate(shown):
+        label = f"latent {latent}\nactive on {100 * float(result.sparsity[latent]):.1f} %"
+        axes[row][0].text(-0.12, 0.5, label, ha="right", va="center", transform=axes[row][0].transAxes)
+        for column in range(columns):
+            position = int(top.positions[latent, column])
+            if position in pictures:
+                axes[row][column].imshow(pictures[position])
+                axes[row][column].set_title(_class_name(manifest, int(top.labels[latent, column])), fontsize=7, pad=2)
+    figure.subplots_adjust(left=1.35 / (columns + 1.6), right=0.995, top=1 - 0.5 / (1.17 * rows + 0.5), bottom=0.01, hspace=0.28, wspace=0.06)
+    return _png(figure)
+
+
+def _choose(result: LatentResult, num_latents: int) -> list[int]:
+    enough = (result.top.positions >= 0).all(dim=1) & (result.sparsity <= 0.5)
+    score = torch.where(enough, result.mean_acts, torch.zeros(()))
+    order = torch.argsort(score, descending=True, stable=True)[:num_latents]
+    return [int(latent) for latent in order if score[latent] > 0]
+
+
+def _class_name(manifest: Manifest, label: int) -> str:
+    if label < 0:
+        return ""
+    name = manifest.classnames[label] if label < len(manifest.classnames) else str(label)
+    return name if len(name) <= 14 else name[:13] + "…"
+
+
+def thumbnails(manifest: Manifest, positions: set[int]) -> dict[int, np.ndarray]:
+    """Small pictures of the images at these positions, read again from the source."""
+    found: dict[int, np.ndarray] = {}
+    for unit in manifest.units:
+        if any(unit.start <= position < unit.start + unit.count for position in positions):
+            for position, raw in enumerate(read_unit(unit, manifest.reading), start=unit.start):
+                if position in positions:
+                    try:
+                        found[position] = decode(raw.data, _THUMBNAIL)
+                    except BadImage:
+                        continue
+    return found
+
+
+def masking_curve(ks: Sequence[int], curves: Mapping[str, Mapping[str, Any]], no_sae: float, num_classes: int) -> bytes:
+    """Accuracy against the number of masked latents.
+
+    Args:
+        ks: numbers of latents, ascending.
+        curves: ranking → {"on": [k], "off": [k]} in percent.
+        no_sae: accuracy without the autoencoder, in percent.
+        num_classes: c; chance is 100 / c.
+    """
+    figure = Figure(figsize=(9.5, 3.9), dpi=110, layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    titles = {"on": "only the k first latents kept", "off": "the k first latents removed"}
+    for axis, switch in zip(axes, ("on", "off"), strict=True):
+        for ranking, curve in curves.items():
+            axis.plot(ks, curve[switch], marker="o", markersize=4, label=f"ranked by {ranking}")
+        axis.axhline(no_sae, color="0.35", linestyle="--", linewidth=1, label="without the SAE")
+        axis.axhline(100 / num_classes, color="0.7", linestyle=":", linewidth=1, label="chance")
+        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xticks(list(ks), [str(k) for k in ks], rotation=45)
+        axis.minorticks_off()
+        axis.set_title(titles[switch])
+        axis.set_xlabel("k, latents")
+        axis.set_ylim(-3, 103)
+    axes[0].set_ylabel("zero-shot accuracy, %")
+    axes[1].legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

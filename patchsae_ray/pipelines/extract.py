@@ -1,0 +1,307 @@
+"""What each latent responds to, and counts a class, in one pass."""
+
+import io
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from patchsae_ray import figures, storage
+from patchsae_ray.data.catalog import open_dataset
+from patchsae_ray.data.manifest import Manifest
+from patchsae_ray.data.units import DecodedUnit
+from patchsae_ray.errors import UserError
+from patchsae_ray.measure.arrays import Arrays, prefixed, without_prefix
+from patchsae_ray.measure.latents import LatentResult, LatentStatistics
+from patchsae_ray.measure.quality import QualityResult, ReconstructionQuality
+from patchsae_ray.pipelines import cluster
+from patchsae_ray.pipelines.model import LoadedModel, PortableModel, load_model
+from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished, run_key
+from patchsae_ray.pipelines.tables import errors_parquet, npy_bytes
+from patchsae_ray.pipelines.units import Pass, StageTimer, stream_partials
+from patchsae_ray.sae.ops import active_latents, reduce_latents, sparse_decode
+from patchsae_ray.settings import ClassLatentsSettings, ExtractSettings, Tokens, as_dict
+from patchsae_ray.tracking import tracked
+
+log = logging.getLogger(__name__)
+
+COUNTS_FILE = "cls_sae_cnt.npy"
+ERRORS_FILE = "errors.parquet"
+FIGURE_FILE = "top_images.png"
+
+
+@dataclass(frozen=True)
+class ExtractTask:
+    """What the actors of a pass over latents do."""
+
+    model: PortableModel
+    tokens: Tokens
+    threshold: float
+    batch_size: int
+    top_k: int
+    quality_positions: np.ndarray
+    """Sorted positions of the images on which reconstruction is measured."""
+
+    def start(self, device: str) -> "ExtractWorker":
+        return ExtractWorker(self, device)
+
+
+class ExtractWorker:
+    """The model on its device, turning units into statistics."""
+
+    def __init__(self, task: ExtractTask, device: str) -> None:
+        self._task, self._device = task, device
+        self._backbone = task.model.build_backbone(device)
+        self._sae = task.model.build_sae(device)
+        self._tokens = self._backbone.token_slice(task.tokens)
+
+    @torch.inference_mode()
+    def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> Arrays:
+        """A unit's statistics and quality sums, as arrays."""
+        statistics = LatentStatistics(self._sae.d_sae, self._task.top_k, self._device)
+        quality = ReconstructionQuality(self._sae.d_in)
+        timer = StageTimer(self._device)
+        for start in range(0, len(unit.positions), self._task.batch_size):
+            rows = slice(start, start + self._task.batch_size)
+            pixels = torch.from_numpy(np.array(unit.pixels[rows])).to(self._device)
+            timer.mark("copy")
+            x = self._backbone.to_hook(pixels)[:, self._tokens]
+            timer.mark("to_hook")
+            reduced = reduce_latents(self._sae, x, self._task.threshold)
+            timer.mark("encode")
+            positions = torch.from_numpy(np.array(unit.positions[rows]))
+            statistics.update(reduced, positions, torch.from_numpy(np.array(unit.labels[rows])))
+            timer.mark("reduce")
+            self._measure(quality, x, unit.positions[rows])
+            timer.mark("quality")
+            report(min(rows.stop, len(unit.positions)))
+        unit.seconds.update(timer.seconds)
+        return {**prefixed("latents", statistics.to_arrays()), **prefixed("quality", quality.to_arrays())}
+
+    def _measure(self, quality: ReconstructionQuality, x: torch.Tensor, positions: np.ndarray) -> None:
+        chosen = np.flatnonzero(np.isin(positions, self._task.quality_positions))
+        if len(chosen):
+            sample = x[torch.from_numpy(chosen).to(x.device)]
+            active = active_latents(self._sae, sample)
+            tokens = sample.flatten(0, 1).to(torch.float32)
+            quality.update(tokens, sparse_decode(self._sae, active), active.value, len(chosen))
+
+
+@dataclass(frozen=True)
+class LatentPass:
+    """A finished pass over the latents."""
+
+    latents: LatentResult
+    quality: QualityResult | None
+    record: Pass
+    plan: cluster.Plan
+    precision: str
+
+
+def feature_folder(settings: ClassLatentsSettings) -> str:
+    """{root_dir}/out/feature_data/{vit_type}/{dataset_name}."""
+    return storage.join(settings.root_dir, "out", "feature_data", settings.vit_type, settings.dataset_name)
+
+
+def counts_identity(settings: ClassLatentsSettings, model: LoadedModel, manifest: Manifest, precision: str) -> dict[str, Any]:
+    """What the class counts depend on."""
+    return {
+        **model.identity(precision),
+        "manifest": manifest.digest,
+        "classnames": list(manifest.classnames),
+        "tokens": settings.tokens,
+        "threshold": settings.threshold,
+    }
+
+
+def run_pass(
+    what: str, settings: ClassLatentsSettings, model: LoadedModel, manifest: Manifest, top_k: int, quality_images: int, seed: int
+) -> LatentPass:
+    """One pass over the images on Ray.
+
+    Raises: UserError past `--max_bad_fraction`, or where a label has no class.
+    """
+    cluster.connect(settings.ray_address)
+    plan = cluster.make_plan(settings.device)
+    precision = cluster.resolve_precision(settings.precision, plan.device)
+    log.info("%s: %s images in %d units, %s, %s", what, f"{manifest.num_images:,}", len(manifest.units), precision, plan.describe())
+    sample = sample_positions(manifest.num_images, quality_images, seed)
+    task = ExtractTask(model.portable(precision), settings.tokens, settings.threshold, settings.batch_size, top_k, sample)
+    sae = model.autoencoder
+    statistics, quality = LatentStatistics(sae.d_sae, top_k), ReconstructionQuality(sae.d_in)
+    kept = Pass(settings.max_bad_fraction, manifest.num_images)
+    for partial in stream_partials(what, manifest, model.config.image_size, task, plan):
+        kept.take(partial)
+        statistics.merge(LatentStatistics.from_arrays(without_prefix("latents", partial.arrays)))
+        quality.merge(ReconstructionQuality.from_arrays(without_prefix("quality", partial.arrays)))
+    highest = max(statistics.class_counts, default=-1)
+    if highest >= manifest.num_classes:
+        raise UserError(f"{manifest.source} has the label {highest}, but {manifest.num_classes} class names")
+    return LatentPass(statistics.result(manifest.num_classes), quality.result(), kept, plan, precision)
+
+
+def sample_positions(num_images: int, wanted: int, seed: int) -> np.ndarray:
+    """Sorted positions of a sample without repeats; all of them where no more are there."""
+    if wanted >= num_images:
+        return np.arange(num_images)
+    return np.sort(np.random.default_rng(seed).choice(num_images, wanted, replace=False))
+
+
+def extract(settings: ExtractSettings) -> dict[str, float]:
+    """`jobs/extract.py`: write the guide's feature files. Returns the summary's numbers.
+
+    Raises: UserError for whatever is wrong with the settings, the inputs or the folder.
+    """
+    model = load_model(settings)
+    manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, settings.classnames)
+    own = {name: getattr(settings, name) for name in ("top_k", "figure_latents", "quality_images", "seed")}
+    folders = {}
+    for precision in cluster.possible_precisions(settings.precision):
+        counts = counts_identity(settings, model, manifest, precision)
+        identity = {**counts, **own}
+        outputs = _outputs(settings, manifest, run_key(identity), run_key(counts))
+        folders[precision] = ResultFolder(feature_folder(settings), "extract", identity, outputs)
+
+    def run() -> tuple[LatentPass, dict[str, bytes]]:
+        found = run_pass("extract", settings, model, manifest, settings.top_k, settings.quality_images, settings.seed)
+        return found, _files(settings, found, manifest)
+
+    return _run_tracked(settings, manifest, folders, run)
+
+
+def class_latents(settings: ClassLatentsSettings) -> dict[str, float]:
+    """`jobs/class_latents.py`: write cls_sae_cnt.npy; instant where a pass with the same settings has done it.
+
+    Raises: UserError for whatever is wrong with the settings, the inputs or the folder.
+    """
+    model = load_model(settings)
+    manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, settings.classnames)
+    if not manifest.labelled:
+        raise UserError(f"{manifest.source} has no labels, so there are no classes to count by")
+    folders = {}
+    for precision in cluster.possible_precisions(settings.precision):
+        identity = counts_identity(settings, model, manifest, precision)
+        outputs = dict.fromkeys((COUNTS_FILE, ERRORS_FILE), run_key(identity))
+        folders[precision] = ResultFolder(feature_folder(settings), "class_latents", identity, outputs)
+
+    def run() -> tuple[LatentPass, dict[str, bytes]]:
+        found = run_pass("class_latents", settings, model, manifest, top_k=1, quality_images=0, seed=0)
+        return found, {COUNTS_FILE: npy_bytes(found.latents.class_counts), ERRORS_FILE: errors_parquet(found.record.bad)}
+
+    return _run_tracked(settings, manifest, folders, run)
+
+
+def _run_tracked(
+    settings: ClassLatentsSettings,
+    manifest: Manifest,
+    folders: dict[str, ResultFolder],
+    run: Callable[[], tuple[LatentPass, dict[str, bytes]]],
+) -> dict[str, float]:
+    """Say that it is done, or run, commit and log."""
+    done = finished(folders, settings.overwrite)
+    any_folder = next(iter(folders.values()))
+    job = any_folder.job
+    if done:
+        log.info("%s: done already, nothing to do; results in %s", job, done.uri)
+        return dict(done.record()["metrics"])
+    with tracked(settings.root_dir, job, as_dict(settings)) as tracker:
+        found, files = run()
+        folder = folders[found.precision]
+        metrics = latent_metrics(found)
+        folder.commit(files, pass_record(settings, found, manifest, metrics, tracker.run_id))
+        tracker.tags({**folder.identity, "run_key": run_key(folder.identity), "results": folder.uri})
+        tracker.metrics({**metrics, **{f"seconds_{stage}": value for stage, value in found.record.seconds.items()}})
+        tracker.files(folder.uri, [*files, RUN_FILE])
+    log_summary(job, metrics, folder.uri)
+    return metrics
+
+
+def _outputs(settings: ExtractSettings, manifest: Manifest, key: str, counts_key: str) -> dict[str, str]:
+    """File → the key it carries: the counts and bad rows depend on less than the rest."""
+    names = ["max_activating_image_indices.pt", "max_activating_image_values.pt", "sae_mean_acts.pt", "sae_sparsity.pt"]
+    if manifest.labelled:
+        names.append("max_activating_image_label_indices.pt")
+    if settings.figure_latents:
+        names.append(FIGURE_FILE)
+    outputs = dict.fromkeys(names, key)
+    if manifest.labelled:
+        outputs[COUNTS_FILE] = counts_key
+    return {**outputs, ERRORS_FILE: counts_key}
+
+
+def _files(settings: ExtractSettings, found: LatentPass, manifest: Manifest) -> dict[str, bytes]:
+    top = found.latents.top
+    files = {
+        "max_activating_image_indices.pt": torch_bytes(top.positions),
+        "max_activating_image_values.pt": torch_bytes(top.values),
+        "sae_mean_acts.pt": torch_bytes(found.latents.mean_acts),
+        "sae_sparsity.pt": torch_bytes(found.latents.sparsity),
+        ERRORS_FILE: errors_parquet(found.record.bad),
+    }
+    if manifest.labelled:
+        files["max_activating_image_label_indices.pt"] = torch_bytes(top.labels)
+        files[COUNTS_FILE] = npy_bytes(found.latents.class_counts)
+    if settings.figure_latents:
+        files[FIGURE_FILE] = figures.top_images(found.latents, manifest, settings.figure_latents)
+    return files
+
+
+def torch_bytes(tensor: torch.Tensor) -> bytes:
+    """A tensor as torch.save writes it."""
+    buffer = io.BytesIO()
+    torch.save(tensor.contiguous(), buffer)
+    return buffer.getvalue()
+
+
+def latent_metrics(found: LatentPass) -> dict[str, float]:
+    """Numbers with stable names: what MLflow gets and the summary prints."""
+    active = found.latents.sparsity > 0
+    wall = found.record.wall_seconds()
+    metrics = {
+        "images": float(found.latents.num_images),
+        "bad_images": float(len(found.record.bad)),
+        "latents": float(len(active)),
+        "dead_latents": float((~active).sum()),
+        "dead_share": float((~active).float().mean()),
+        "images_per_second": found.latents.num_images / wall,
+        "wall_seconds": wall,
+    }
+    if found.quality is not None:
+        metrics.update({f"quality_{name}": float(value) for name, value in asdict(found.quality).items()})
+    return metrics
+
+
+def pass_record(
+    settings: ClassLatentsSettings, found: LatentPass, manifest: Manifest, metrics: dict[str, float], mlflow_run: str
+) -> dict[str, Any]:
+    """What run.json says of a pass."""
+    return {
+        "settings": as_dict(settings),
+        "device": found.plan.device,
+        "plan": found.plan.describe(),
+        "source": manifest.source,
+        "num_images": manifest.num_images,
+        "num_units": len(manifest.units),
+        "ignored_files": manifest.ignored_files,
+        "seconds": {stage: round(value, 3) for stage, value in found.record.seconds.items()},
+        "metrics": metrics,
+        "mlflow_run": mlflow_run,
+    }
+
+
+def log_summary(what: str, metrics: dict[str, float], folder: str) -> None:
+    """The last lines of a job."""
+    log.info(
+        "%s: %s images in %.1f s, %s of %s latents never active, %s unreadable images",
+        what, f"{metrics['images']:,.0f}", metrics["wall_seconds"], f"{metrics['dead_latents']:,.0f}",
+        f"{metrics['latents']:,.0f}", f"{metrics['bad_images']:,.0f}",
+    )  # fmt: skip
+    if "quality_l0" in metrics:
+        log.info(
+            "%s: explained variance %.4f, L0 %.1f, on %s sampled images",
+            what, metrics["quality_explained_variance"], metrics["quality_l0"], f"{metrics['quality_num_images']:,.0f}",
+        )  # fmt: skip
+    log.info("%s: results in %s", what, folder)

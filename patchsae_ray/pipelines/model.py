@@ -1,0 +1,148 @@
+"""Settings → the backbone and autoencoder that a run uses, checked against each other, in a form that travels."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from patchsae_ray.backbone.clip import DEFAULT_BLOCK_LAYER, Backbone, build_clip, build_vision, resolve_block, vision_state
+from patchsae_ray.backbone.config import BackboneConfig, resolve, strip_openai
+from patchsae_ray.backbone.weights import StateDict, state_digest
+from patchsae_ray.backbone.zero_shot import text_embeddings
+from patchsae_ray.data.catalog import find_entry
+from patchsae_ray.errors import UserError
+from patchsae_ray.sae.checkpoint import SaeCheckpoint, read_checkpoint
+from patchsae_ray.sae.model import SparseAutoencoder
+from patchsae_ray.settings import ModelSettings, SaeSettings
+
+log = logging.getLogger(__name__)
+
+PATCHSAE_BACKBONE = "openai/clip-vit-base-patch16"
+
+
+@dataclass(frozen=True)
+class PortableModel:
+    """Backbone and autoencoder as plain arrays, which Ray's object store shares without copies or pickled tensors."""
+
+    config: BackboneConfig
+    vision: dict[str, np.ndarray]
+    block_layer: int
+    precision: str
+    sae: dict[str, np.ndarray] | None = None
+
+    def build_backbone(self, device: str) -> Backbone:
+        visual = build_vision(self.config, _tensors(self.vision))
+        return Backbone(visual, self.config, self.block_layer).cast(dtype_of(self.precision)).to(device)
+
+    def build_sae(self, device: str) -> SparseAutoencoder:
+        if self.sae is None:
+            raise ValueError("this run has no autoencoder")
+        tensors = _tensors(self.sae)
+        with torch.device("meta"):
+            sae = SparseAutoencoder(*tensors["W_enc"].shape)
+        sae.load_state_dict(tensors, assign=True)
+        return sae.eval().requires_grad_(False).to(device, dtype_of(self.precision))
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What the driver knows of a run's model."""
+
+    config: BackboneConfig
+    state_dict: StateDict
+    block_layer: int
+    """Position of the hook's block from the front."""
+    clip_digest: str
+    checkpoint: SaeCheckpoint | None
+
+    @property
+    def autoencoder(self) -> SparseAutoencoder:
+        """The checkpoint's autoencoder, of a run that has one."""
+        if self.checkpoint is None:
+            raise ValueError("this run has no autoencoder")
+        return self.checkpoint.sae
+
+    def portable(self, precision: str) -> PortableModel:
+        sae = None
+        if self.checkpoint is not None:
+            sae = {name: value.numpy() for name, value in self.checkpoint.sae.state_dict().items()}
+        vision = {name: value.numpy() for name, value in vision_state(self.state_dict).items()}
+        return PortableModel(self.config, vision, self.block_layer, precision, sae)
+
+    def classifier(self, classnames: tuple[str, ...]) -> np.ndarray:
+        """Zero-shot classifier [c, e] float32 from OpenAI's 80 templates."""
+        return text_embeddings(build_clip(self.config, self.state_dict), self.config, classnames).numpy()
+
+    def identity(self, precision: str) -> dict[str, Any]:
+        """What a result depends on, of the model."""
+        found = {
+            "clip": self.clip_digest,
+            "quick_gelu": bool(self.config.model.get("quick_gelu", False)),
+            "block_layer": self.block_layer,
+            "preprocessing": f"shortest-bicubic-floor-crop-{self.config.image_size} mean{self.config.mean} std{self.config.std}",
+            "precision": precision,
+            "vit_type": "base",
+        }
+        return found if self.checkpoint is None else {**found, "sae": self.checkpoint.digest}
+
+
+def load_model(settings: ModelSettings) -> LoadedModel:
+    """Resolve the backbone, its weights, the hook and the checkpoint.
+
+    Raises: UserError where something is missing, or the SAE does not belong to the CLIP or the layer.
+    """
+    if settings.vit_type == "maple":
+        raise UserError("--vit_type maple: not built yet; base would be right")
+    if settings.model_path or settings.config_path:
+        raise UserError("--model_path and --config_path go with --vit_type maple")
+    checkpoint = read_checkpoint(settings.sae_path) if isinstance(settings, SaeSettings) else None
+    name, weights_source = _backbone_name(settings, checkpoint)
+    config, weights = resolve(name, weights_source)
+    if checkpoint is not None and checkpoint.sae.d_in != config.width:
+        raise UserError(
+            f"--sae_path {checkpoint.path} reads residuals of width {checkpoint.sae.d_in}, "
+            f"--backbone {config.name} has width {config.width}"
+        )
+    layers = int(config.model["vision_cfg"].get("layers", 12))
+    block_layer = _hook(settings, checkpoint, layers)
+    return LoadedModel(config, weights.state_dict, block_layer, state_digest(weights.state_dict), checkpoint)
+
+
+def _backbone_name(settings: ModelSettings, checkpoint: SaeCheckpoint | None) -> tuple[str, str | None]:
+    """--backbone and --clip_weights, or what the checkpoint or the data set's entry names."""
+    if checkpoint is not None:
+        named = checkpoint.model_name
+        if settings.backbone:
+            if named and strip_openai(named) != settings.backbone:
+                log.info("--backbone %s is used; %s names %s", settings.backbone, checkpoint.path, named)
+            return settings.backbone, settings.clip_weights
+        if not named:
+            raise UserError(f"--backbone is needed: {checkpoint.path} names no model")
+        return named, settings.clip_weights or checkpoint.config.get("clip_weights")
+    entry = None if settings.dataset_path else find_entry(settings.dataset_name)
+    chosen = settings.backbone or (entry.backbone if entry else None) or PATCHSAE_BACKBONE
+    return chosen, settings.clip_weights
+
+
+def _hook(settings: ModelSettings, checkpoint: SaeCheckpoint | None, layers: int) -> int:
+    trained_at = checkpoint.block_layer if checkpoint else None
+    if settings.block_layer is None:
+        return resolve_block(DEFAULT_BLOCK_LAYER if trained_at is None else trained_at, layers)
+    chosen = resolve_block(settings.block_layer, layers)
+    if checkpoint and trained_at is not None and resolve_block(trained_at, layers) != chosen:
+        raise UserError(
+            f"--block_layer {settings.block_layer}: {checkpoint.path} was trained at block_layer {trained_at}; "
+            "leave the flag out to take that"
+        )
+    return chosen
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def _tensors(arrays: dict[str, np.ndarray]) -> StateDict:
+    """Own, writable tensors: arrays from the object store are read-only."""
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}

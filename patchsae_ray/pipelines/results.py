@@ -1,0 +1,164 @@
+"""A results folder: which run made each file, what is done already, what must not be overwritten.
+
+run.json holds `files` (name → run key, digest, job) and `runs` (job → its record). It is written before the files, with
+what is about to be written under `pending`, and again after them; so a killed job leaves nothing that looks finished.
+"""
+
+import json
+import logging
+import posixpath
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from patchsae_ray import __version__, storage
+from patchsae_ray.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+RUN_FILE = "run.json"
+
+
+def run_key(identity: Mapping[str, Any]) -> str:
+    """The digest of everything that a result depends on."""
+    return storage.digest([json.dumps({"format": FORMAT, **identity}, sort_keys=True)])
+
+
+@dataclass
+class ResultFolder:
+    """The folder of one run's results.
+
+    Args:
+        uri: local folder or URI.
+        job: train, extract, class_latents or steer.
+        identity: what the results depend on; its digest is the run key.
+        outputs: file name → the key that it must carry to be this run's (the run key, or that of a part of it).
+    """
+
+    uri: str
+    job: str
+    identity: Mapping[str, Any]
+    outputs: Mapping[str, str]
+    _state: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._state = read_run_file(self.uri)
+
+    def done(self) -> bool:
+        """Whether every output is there under its key."""
+        return all(self._key_of(name) == key for name, key in self.outputs.items()) and all(
+            storage.exists(storage.join(self.uri, name)) for name in self.outputs
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The record of this job's run; of the run that made the first output where this job made none."""
+        runs = self._state["runs"]
+        maker = self._state["files"][next(iter(self.outputs))]["job"]
+        return dict(runs.get(self.job) or runs[maker])
+
+    def check(self, overwrite: bool) -> None:
+        """Refuse a folder that holds another run's results.
+
+        Raises: UserError unless `overwrite`.
+        """
+        pending = self._state.get("pending", {})
+        for name, key in self.outputs.items():
+            there = self._key_of(name)
+            mine = there == key or (there is None and pending.get(name) == key)
+            if not mine and not overwrite and storage.exists(storage.join(self.uri, name)):
+                raise UserError(
+                    f"{storage.join(self.uri, name)} is another run's ({self._difference(name)}); "
+                    "--overwrite would replace it, another --root_dir or --dataset_name would keep both"
+                )
+
+    def _key_of(self, name: str) -> str | None:
+        entry = self._state.get("files", {}).get(name)
+        return entry["key"] if entry else None
+
+    def _difference(self, name: str) -> str:
+        entry = self._state.get("files", {}).get(name)
+        record = self._state.get("runs", {}).get(entry["job"]) if entry else None
+        if record is None:
+            return "run.json says nothing of it"
+        theirs = record.get("identity", {})
+        differing = [key for key in self.identity if key in theirs and theirs[key] != self.identity[key]]
+        if not differing:
+            return f"made by {entry['job']}"
+        key = differing[0]
+        return f"{key} {_short(theirs[key])} there, {_short(self.identity[key])} here"
+
+    def commit(self, files: Mapping[str, bytes], record: Mapping[str, Any]) -> None:
+        """Write the files, then run.json. What this job wrote before under another key and does not write now goes."""
+        if set(files) != set(self.outputs):
+            raise ValueError(f"outputs {sorted(self.outputs)} announced, {sorted(files)} given")
+        known: dict[str, Any] = dict(self._state.get("files", {}))
+        stale = [name for name, entry in known.items() if entry["job"] == self.job and name not in files]
+        for name in [*stale, *files]:
+            known.pop(name, None)
+        runs = {key: value for key, value in self._state.get("runs", {}).items() if key != self.job}
+        self._write({"files": known, "runs": runs, "pending": dict(self.outputs)})
+        for name in stale:
+            storage.remove(storage.join(self.uri, name))
+        for name, data in files.items():
+            storage.write_bytes(storage.join(self.uri, name), data)
+            known[name] = {"key": self.outputs[name], "job": self.job, "sha256": storage.digest([data])}
+        runs[self.job] = {"run_key": run_key(self.identity), "identity": dict(self.identity), **record}
+        self._write({"files": known, "runs": runs})
+
+    def _write(self, state: dict[str, Any]) -> None:
+        self._state = {"format": FORMAT, "version": __version__, **state}
+        text = json.dumps(self._state, indent=1, sort_keys=True, default=str) + "\n"
+        storage.write_bytes(storage.join(self.uri, RUN_FILE), text.encode())
+
+
+def finished(folders: Mapping[str, ResultFolder], overwrite: bool) -> ResultFolder | None:
+    """The folder, seen as the run of one precision, that is done already; None where there is work to do.
+
+    `--precision auto` is known only once the cluster is, and a finished run must be seen without starting Ray: so each
+    precision that it may mean has its own run key here.
+
+    Raises: UserError where the folder holds another run's results, unless `overwrite`.
+    """
+    refused: list[UserError] = []
+    for folder in folders.values():
+        if folder.done():
+            return folder
+        try:
+            folder.check(overwrite)
+        except UserError as error:
+            refused.append(error)
+    if len(refused) == len(folders):
+        raise refused[0]
+    return None
+
+
+def read_run_file(folder: str) -> dict[str, Any]:
+    """run.json of a folder, empty where there is none.
+
+    Raises: UserError where it is damaged or of a later format.
+    """
+    uri = storage.join(folder, RUN_FILE)
+    if not storage.exists(uri):
+        return {}
+    try:
+        state = json.loads(storage.read_text(uri))
+    except ValueError as error:
+        raise UserError(f"{uri} is not JSON: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{uri}: format {state.get('format') if isinstance(state, dict) else '?'}, expected {FORMAT}")
+    return state
+
+
+def record_of_file(uri: str) -> dict[str, Any] | None:
+    """The record of the run that made a file, by the run.json beside it; None where nothing is said of it."""
+    folder, name = posixpath.split(uri)
+    state = read_run_file(folder or ".")
+    entry = state.get("files", {}).get(name)
+    record = state.get("runs", {}).get(entry["job"]) if entry else None
+    return dict(record) if record else None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "…"

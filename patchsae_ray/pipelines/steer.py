@@ -1,0 +1,341 @@
+"""Zero-shot classification with only the k first latents, and without them, for every k in one pass.
+
+One tower, one encode and one sparse decode an image: decoding is linear, so the running sum over the ranking gives every
+k at once, and only the CLS row of the tail's last block is computed.
+"""
+
+import io
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchsae_ray import figures, storage
+from patchsae_ray.backbone.zero_shot import OPENAI_IMAGENET_TEMPLATES, logits
+from patchsae_ray.data.catalog import open_dataset
+from patchsae_ray.data.manifest import Manifest
+from patchsae_ray.data.units import DecodedUnit
+from patchsae_ray.errors import UserError, nearest
+from patchsae_ray.measure.arrays import Arrays, prefixed, without_prefix
+from patchsae_ray.measure.masking import MaskingAccuracy, settings_of
+from patchsae_ray.pipelines import cluster
+from patchsae_ray.pipelines.model import LoadedModel, PortableModel, load_model
+from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished, record_of_file, run_key
+from patchsae_ray.pipelines.tables import errors_parquet
+from patchsae_ray.pipelines.units import Pass, StageTimer, stream_partials
+from patchsae_ray.sae.ops import active_latents, masked_reconstructions
+from patchsae_ray.settings import SteerSettings, as_dict
+from patchsae_ray.tracking import tracked
+
+log = logging.getLogger(__name__)
+
+RANKINGS = ("class", "random")
+CURVE_FILE = "masking_curve.png"
+
+
+def parse_topk(text: str, num_latents: int) -> list[int]:
+    """`1,2,all` → ascending numbers of latents; `all` is the width. Of the default list, those above the width are dropped.
+
+    Raises: UserError for what is no number, 0, or above the width.
+    """
+    default = text == SteerSettings.topk
+    ks: set[int] = set()
+    for part in (piece.strip() for piece in text.split(",")):
+        if part == "all":
+            ks.add(num_latents)
+            continue
+        if not part.isdigit() or int(part) == 0:
+            raise UserError(f"--topk {part!r}: numbers of latents from 1, or all, separated by commas")
+        if int(part) <= num_latents:
+            ks.add(int(part))
+        elif not default:
+            raise UserError(f"--topk {part}: the SAE has {num_latents} latents")
+    return sorted(ks)
+
+
+def parse_rankings(text: str) -> list[str]:
+    """`class,random` → the rankings, each once, in order.
+
+    Raises: UserError for an unknown one.
+    """
+    rankings = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    for ranking in rankings:
+        if ranking not in RANKINGS:
+            raise UserError(f"--rank_by {ranking!r}: {', '.join(RANKINGS)} are known{nearest(ranking, RANKINGS)}")
+    return rankings
+
+
+def read_counts(settings: SteerSettings, model: LoadedModel, manifest: Manifest) -> np.ndarray:
+    """cls_sae_cnt.npy as [s, c], in either orientation, checked against the SAE and the class list.
+
+    Raises: UserError where it is no such matrix, or by its run.json of another SAE or class list.
+    """
+    path = settings.cls_wise_sae_activation_path
+    try:
+        counts = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is not a whole .npy array of numbers") from error
+    s, c = model.autoencoder.d_sae, manifest.num_classes
+    record = record_of_file(path)
+    if record is not None:
+        _check_made_for(path, record["identity"], model, manifest)
+    fits = {"latents_first": counts.shape == (s, c), "classes_first": counts.shape == (c, s)}
+    chosen = settings.counts_orientation
+    if chosen == "auto":
+        if all(fits.values()) and record is None:
+            raise UserError(f"{path} is square ({s} by {c}): say which axis is which with --counts_orientation")
+        chosen = "latents_first" if fits["latents_first"] else "classes_first"
+    if not fits[chosen]:
+        raise UserError(f"{path} has shape {counts.shape}; {(s, c)} for this SAE and these {c} classes would be right")
+    log.info("steer: class counts read from %s, %s", path, chosen)
+    return counts if chosen == "latents_first" else counts.T
+
+
+def _check_made_for(path: str, made: dict[str, Any], model: LoadedModel, manifest: Manifest) -> None:
+    checkpoint = model.checkpoint
+    if checkpoint is not None and made.get("sae") != checkpoint.digest:
+        raise UserError(f"{path} was counted with another SAE (by the run.json beside it) than --sae_path {checkpoint.path}")
+    theirs, ours = made.get("classnames"), list(manifest.classnames)
+    if theirs != ours:
+        raise UserError(f"{path} was counted for another class list (by the run.json beside it) than {manifest.source} has")
+
+
+@dataclass(frozen=True)
+class SteerTask:
+    """What the actors of a steering run do."""
+
+    model: PortableModel
+    classifier: np.ndarray
+    """[c, e] float32."""
+    counts: np.ndarray
+    """[s, c]."""
+    ks: tuple[int, ...]
+    rankings: tuple[str, ...]
+    output_offset: float
+    seed: int
+    batch_size: int
+
+    def start(self, device: str) -> "SteerWorker":
+        return SteerWorker(self, device)
+
+
+class SteerWorker:
+    """The model on its device, turning units into counts of right predictions."""
+
+    def __init__(self, task: SteerTask, device: str) -> None:
+        self._task, self._device = task, device
+        self._backbone = task.model.build_backbone(device)
+        self._sae = task.model.build_sae(device)
+        self._classifier = torch.from_numpy(np.array(task.classifier)).to(device)
+        self._ks = torch.tensor(task.ks, device=device)
+        self._ranks = lru_cache(maxsize=64)(self._make_ranks)
+
+    def _make_ranks(self, ranking: str, label: int) -> Tensor:
+        """[s] int64: place of each latent. Equal counts: the lower latent first."""
+        if ranking == "random":
+            order = np.random.default_rng(self._task.seed).permutation(self._sae.d_sae)
+        else:
+            order = np.argsort(-self._task.counts[:, label].astype(np.float64), kind="stable")
+        ranks = np.empty_like(order)
+        ranks[order] = np.arange(len(order))
+        return torch.from_numpy(ranks).to(self._device)
+
+    @torch.inference_mode()
+    def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> Arrays:
+        """A unit's right predictions for every ranking and setting."""
+        num_settings, num_classes = 1 + 2 * len(self._ks), len(self._classifier)
+        accuracy = {ranking: MaskingAccuracy(num_settings, num_classes) for ranking in self._task.rankings}
+        timer = StageTimer(self._device)
+        for start in range(0, len(unit.positions), self._task.batch_size):
+            rows = slice(start, start + self._task.batch_size)
+            pixels = torch.from_numpy(np.array(unit.pixels[rows])).to(self._device)
+            timer.mark("copy")
+            residual = self._backbone.to_hook(pixels)
+            unmasked = self._predict(residual)
+            timer.mark("to_hook")
+            for index, label in enumerate(unit.labels[rows].tolist()):
+                if label >= 0:
+                    self._steer_image(residual[index], int(unmasked[index]), label, accuracy, timer)
+                report(start + index + 1)
+        unit.seconds.update(timer.seconds)
+        arrays: Arrays = {}
+        for ranking, counts in accuracy.items():
+            arrays.update(prefixed(ranking, counts.to_arrays()))
+        return arrays
+
+    def _steer_image(
+        self, residual: Tensor, unmasked: int, label: int, accuracy: dict[str, MaskingAccuracy], timer: StageTimer
+    ) -> None:
+        active = active_latents(self._sae, residual[None])
+        timer.mark("encode")
+        for ranking, counts in accuracy.items():
+            ranks = self._ranks(ranking, -1 if ranking == "random" else label)
+            on, off = masked_reconstructions(self._sae, active, ranks, self._ks)
+            variants = torch.stack([on, off], dim=1).flatten(0, 1) + self._task.output_offset
+            timer.mark("decode_latents")
+            predicted = self._predict(variants).cpu().numpy()
+            counts.update(np.concatenate([[unmasked], predicted]), label)
+            timer.mark("from_hook")
+
+    def _predict(self, residual: Tensor) -> Tensor:
+        """[n] predicted classes of residuals [n, t, d], some at a time so that memory stays bounded."""
+        found = [
+            logits(self._backbone.from_hook(part), self._classifier, 0.0).argmax(dim=-1)
+            for part in residual.split(max(1, self._task.batch_size))
+        ]
+        return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a steering run is about, read and checked."""
+
+    model: LoadedModel
+    manifest: Manifest
+    counts: np.ndarray
+    ks: list[int]
+    rankings: list[str]
+
+
+def read_inputs(settings: SteerSettings) -> Inputs:
+    """Everything that steering needs.
+
+    Raises: UserError for whatever is wrong with it.
+    """
+    model = load_model(settings)
+    manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, settings.classnames)
+    if not manifest.labelled:
+        raise UserError(f"{manifest.source} has no labels: steering is measured on labelled images")
+    if not manifest.classnames:
+        raise UserError(f"{manifest.source} names no classes: --classnames FILE is needed for the zero-shot classifier")
+    ks, rankings = parse_topk(settings.topk, model.autoencoder.d_sae), parse_rankings(settings.rank_by)
+    return Inputs(model, manifest, read_counts(settings, model, manifest), ks, rankings)
+
+
+def steer(settings: SteerSettings) -> dict[str, Any]:
+    """`jobs/steer.py`: write metrics.csv. Returns {"no_sae": percent, ranking: {"on": […], "off": […]}, "ks": […]}.
+
+    Raises: UserError for whatever is wrong with the settings, the inputs or the folder.
+    """
+    inputs = read_inputs(settings)
+    uri = storage.join(settings.root_dir, "eval_outputs", settings.vit_type, settings.dataset_name)
+    folders = {}
+    for precision in cluster.possible_precisions(settings.precision):
+        identity = _identity(settings, inputs, precision)
+        names = [*_metric_files(inputs.rankings).values(), CURVE_FILE, "errors.parquet"]
+        folders[precision] = ResultFolder(uri, "steer", identity, dict.fromkeys(names, run_key(identity)))
+    done = finished(folders, settings.overwrite)
+    if done:
+        log.info("steer: done already, nothing to do; results in %s", uri)
+        return dict(done.record()["curves"])
+    with tracked(settings.root_dir, "steer", as_dict(settings)) as tracker:
+        accuracy, kept, plan, precision = run_steering(settings, inputs)
+        curves = _curves(accuracy, inputs.ks)
+        files = _files(inputs, accuracy, curves, kept)
+        folder = folders[precision]
+        folder.commit(files, {**_record(settings, inputs, kept, plan, tracker.run_id), "curves": curves})
+        tracker.tags({**folder.identity, "run_key": run_key(folder.identity), "results": uri})
+        tracker.metrics(_metrics(curves, kept))
+        tracker.files(uri, [*files, RUN_FILE])
+    _log_summary(curves, kept, uri)
+    return curves
+
+
+def run_steering(settings: SteerSettings, inputs: Inputs) -> tuple[dict[str, MaskingAccuracy], Pass, cluster.Plan, str]:
+    """The pass on Ray: right predictions a ranking, what was kept of the pass, the plan and the precision used."""
+    classifier = inputs.model.classifier(inputs.manifest.classnames)
+    cluster.connect(settings.ray_address)
+    plan = cluster.make_plan(settings.device)
+    precision = cluster.resolve_precision(settings.precision, plan.device)
+    manifest = inputs.manifest
+    log.info("steer: %s images, %d values of k, ranked by %s, %s, %s", f"{manifest.num_images:,}", len(inputs.ks), ", ".join(inputs.rankings), precision, plan.describe())
+    task = SteerTask(
+        inputs.model.portable(precision), classifier, inputs.counts, tuple(inputs.ks), tuple(inputs.rankings),
+        settings.output_offset, settings.seed, settings.batch_size,
+    )  # fmt: skip
+    kept = Pass(settings.max_bad_fraction, manifest.num_images)
+    num_settings = 1 + 2 * len(inputs.ks)
+    accuracy = {ranking: MaskingAccuracy(num_settings, manifest.num_classes) for ranking in inputs.rankings}
+    for partial in stream_partials("steer", manifest, inputs.model.config.image_size, task, plan):
+        kept.take(partial)
+        for ranking, total in accuracy.items():
+            total.merge(MaskingAccuracy.from_arrays(without_prefix(ranking, partial.arrays)))
+    return accuracy, kept, plan, precision
+
+
+def _metric_files(rankings: list[str]) -> dict[str, str]:
+    """The first ranking's table is metrics.csv, each other's metrics_{ranking}.csv."""
+    return {ranking: "metrics.csv" if index == 0 else f"metrics_{ranking}.csv" for index, ranking in enumerate(rankings)}
+
+
+def _identity(settings: SteerSettings, inputs: Inputs, precision: str) -> dict[str, Any]:
+    return {
+        **inputs.model.identity(precision),
+        "manifest": inputs.manifest.digest,
+        "classnames": list(inputs.manifest.classnames),
+        "templates": storage.digest(OPENAI_IMAGENET_TEMPLATES),
+        "counts": storage.digest([np.ascontiguousarray(inputs.counts, dtype=np.float64).data]),
+        "topk": inputs.ks,
+        "rank_by": inputs.rankings,
+        "output_offset": settings.output_offset,
+        **({"seed": settings.seed} if "random" in inputs.rankings else {}),
+    }
+
+
+def _curves(accuracy: dict[str, MaskingAccuracy], ks: list[int]) -> dict[str, Any]:
+    """Percent of all images predicted right, by ranking, switch and k."""
+    curves: dict[str, Any] = {"ks": ks}
+    for ranking, counts in accuracy.items():
+        overall = counts.accuracy()
+        curves["no_sae"] = float(overall[0])
+        curves[ranking] = {"on": overall[1::2].tolist(), "off": overall[2::2].tolist()}
+    return curves
+
+
+def _files(inputs: Inputs, accuracy: dict[str, MaskingAccuracy], curves: dict[str, Any], kept: Pass) -> dict[str, bytes]:
+    tables = {
+        name: accuracy[ranking].table(inputs.ks).to_csv().encode() for ranking, name in _metric_files(inputs.rankings).items()
+    }
+    lines = {ranking: curves[ranking] for ranking in inputs.rankings}
+    curve = figures.masking_curve(inputs.ks, lines, curves["no_sae"], inputs.manifest.num_classes)
+    return {**tables, CURVE_FILE: curve, "errors.parquet": errors_parquet(kept.bad)}
+
+
+def _record(settings: SteerSettings, inputs: Inputs, kept: Pass, plan: cluster.Plan, mlflow_run: str) -> dict[str, Any]:
+    counts_from = record_of_file(settings.cls_wise_sae_activation_path)
+    return {
+        "settings": as_dict(settings),
+        "device": plan.device,
+        "plan": plan.describe(),
+        "source": inputs.manifest.source,
+        "num_images": inputs.manifest.num_images,
+        "bad_images": len(kept.bad),
+        "counts_run_key": counts_from["run_key"] if counts_from else None,
+        "seconds": {stage: round(value, 3) for stage, value in kept.seconds.items()},
+        "wall_seconds": kept.wall_seconds(),
+        "mlflow_run": mlflow_run,
+    }
+
+
+def _metrics(curves: dict[str, Any], kept: Pass) -> dict[str, float]:
+    """Stable names: accuracy_no_sae, accuracy_{ranking}_on_1, …"""
+    metrics = {"accuracy_no_sae": curves["no_sae"], "wall_seconds": kept.wall_seconds()}
+    for ranking in (name for name in RANKINGS if name in curves):
+        for setting, value in zip(settings_of(curves["ks"])[1:], _interleaved(curves[ranking]), strict=True):
+            metrics[f"accuracy_{ranking}_{setting}"] = value
+    return metrics
+
+
+def _interleaved(curve: dict[str, list[float]]) -> list[float]:
+    return [value for pair in zip(curve["on"], curve["off"], strict=True) for value in pair]
+
+
+def _log_summary(curves: dict[str, Any], kept: Pass, uri: str) -> None:
+    rankings = [name for name in RANKINGS if name in curves]
+    log.info("steer: zero-shot accuracy without the SAE %.2f %%, with its whole reconstruction %.2f %%", curves["no_sae"], curves[rankings[0]]["on"][-1])
+    log.info("steer: %s images in %.1f s; results in %s", f"{kept.num_images:,}", kept.wall_seconds(), uri)

@@ -1,0 +1,29 @@
+"""Small tables and arrays as the bytes of a file."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def errors_parquet(bad: list[tuple[int, str, str]]) -> bytes:
+    """errors.parquet: position, path and reason of each unreadable image, by position."""
+    rows = sorted(bad)
+    table = pa.table(
+        {
+            "position": pa.array([position for position, _, _ in rows], pa.int64()),
+            "path": pa.array([path for _, path, _ in rows], pa.string()),
+            "reason": pa.array([reason for _, _, reason in rows], pa.string()),
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An array as numpy.save writes it."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()

@@ -1,0 +1,386 @@
+"""Training an autoencoder: Ray Data streams decoded images to one trainer, a Ray task with the model on its device.
+
+The trainer sends what it learns to the driver as it goes (a streaming generator); the driver writes files and logs.
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+
+from patchsae_ray import storage
+from patchsae_ray.backbone.clip import Backbone
+from patchsae_ray.data.catalog import open_dataset
+from patchsae_ray.data.manifest import Manifest
+from patchsae_ray.data.shuffle import batches, unit_order
+from patchsae_ray.errors import UserError
+from patchsae_ray.pipelines import cluster
+from patchsae_ray.pipelines.model import LoadedModel, PortableModel, dtype_of, load_model
+from patchsae_ray.pipelines.progress import LINE_SECONDS, progress_line
+from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished, run_key
+from patchsae_ray.pipelines.tables import errors_parquet
+from patchsae_ray.pipelines.units import BadRows, Pass, decoded_units
+from patchsae_ray.sae.checkpoint import safetensors_bytes, torch_bytes
+from patchsae_ray.sae.model import SparseAutoencoder, geometric_median, initialise
+from patchsae_ray.sae.objective import Objective
+from patchsae_ray.sae.schedules import Schedule
+from patchsae_ray.sae.trainer import Trainer
+from patchsae_ray.settings import TrainSettings, as_dict
+from patchsae_ray.tracking import Tracker, tracked
+
+log = logging.getLogger(__name__)
+
+PATCHSAE_TOTAL_IMAGES = 2_621_440
+B_DEC_TOKENS = 65_536
+"""Tokens, at most, whose centre b_dec starts at."""
+REPORT_STEPS = 10
+"""Steps between the metrics that MLflow gets."""
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """What the trainer gets."""
+
+    model: PortableModel
+    settings: TrainSettings
+    total_images: int
+    order: tuple[int, ...]
+    """Units in the order of training, epochs laid end to end."""
+
+    @property
+    def total_steps(self) -> int:
+        return math.ceil(self.total_images / self.settings.batch_size)
+
+
+def checkpoint_steps(n_checkpoints: int, total_steps: int) -> list[int]:
+    """After which steps an extra checkpoint is taken: evenly spaced, never the last."""
+    steps = {round(total_steps * (index + 1) / (n_checkpoints + 1)) for index in range(n_checkpoints)}
+    return sorted(step for step in steps if 0 < step < total_steps)
+
+
+@dataclass(frozen=True)
+class Message:
+    """From the trainer to the driver; what is empty was not sent."""
+
+    images: int
+    step: int
+    metrics: dict[str, float]
+    weights: dict[str, np.ndarray] | None = None
+    """An autoencoder's tensors, at a checkpoint and at the end."""
+    bad: BadRows | None = None
+    seconds: dict[str, float] | None = None
+    last: bool = False
+
+
+def train_units(task: TrainTask, manifest: Manifest, image_size: int, plan: cluster.Plan) -> Iterator[Message]:
+    """The trainer's loop, run as a Ray task; yields messages."""
+    os.environ["OMP_NUM_THREADS"] = str(plan.threads)
+    torch.set_num_threads(plan.threads)
+    settings, device = task.settings, plan.device
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    source = DecodedBlocks(manifest, task.order, image_size, plan)
+    backbone = task.model.build_backbone(device)
+    tokens = backbone.token_slice(settings.tokens)
+    trainer: Trainer | None = None
+    images, clock = 0, {"data": 0.0, "to_hook": 0.0, "step": 0.0}
+    saves, mark = checkpoint_steps(settings.n_checkpoints, task.total_steps), time.perf_counter()
+    last: dict[str, float] = {}
+    for pixels in batches(source, settings.batch_size, task.total_images, settings.seed):
+        begun = time.perf_counter()
+        clock["data"] += begun - mark
+        x = residuals(backbone, pixels, tokens, device)
+        clock["to_hook"] += time.perf_counter() - begun
+        trainer = trainer or make_trainer(settings, x, task.total_steps)
+        started = time.perf_counter()
+        with autocast(device, task.model.precision):
+            step = trainer.step(x)
+        images += len(pixels)
+        mark = time.perf_counter()
+        clock["step"] += mark - started
+        last = {**asdict(step), "dead_share": float(trainer.dead.float().mean())}
+        save = trainer.step_index in saves
+        if save or trainer.step_index % REPORT_STEPS == 0:
+            yield Message(images, trainer.step_index, last, _weights(trainer.sae) if save else None, source.take_bad())
+    if trainer is None:
+        raise UserError("no image could be read, so there is nothing to train on")
+    yield Message(images, trainer.step_index, last, _weights(trainer.sae), source.take_bad(), clock, last=True)
+
+
+class DecodedBlocks:
+    """Blocks of pixels in training order, streamed by Ray Data; bad rows are kept aside.
+
+    Args:
+        manifest: the images.
+        order: unit indices; a unit may come again in a later epoch.
+        image_size: side of the pixels.
+        plan: what decoding gets.
+    """
+
+    def __init__(self, manifest: Manifest, order: tuple[int, ...], image_size: int, plan: cluster.Plan) -> None:
+        self._rows = decoded_units(manifest, [manifest.units[index] for index in order], image_size, plan)
+        self._seen: set[int] = set()
+        self._bad: BadRows = []
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for row in self._rows.iter_rows():
+            for position, path, reason in json.loads(row["header"])["bad"]:
+                if position not in self._seen:
+                    self._seen.add(position)
+                    self._bad.append((position, path, reason))
+            yield row["pixels"]
+
+    def take_bad(self) -> BadRows:
+        """Bad rows since the last call, each position once."""
+        taken, self._bad = self._bad, []
+        return taken
+
+
+def residuals(backbone: Backbone, pixels: np.ndarray, tokens: slice, device: str) -> Tensor:
+    """Pixels of a batch → residuals [n, t, d] in float32 at the hook."""
+    x = backbone.to_hook(torch.from_numpy(np.ascontiguousarray(pixels)).to(device))[:, tokens]
+    return x.to(torch.float32).clone()
+
+
+def make_trainer(settings: TrainSettings, x: Tensor, total_steps: int) -> Trainer:
+    """A fresh autoencoder by the settings, b_dec at a centre of the first batch's tokens x [n, t, d]."""
+    width = x.shape[-1]
+    sae = SparseAutoencoder(width, width * settings.expansion_factor)
+    generator = torch.Generator().manual_seed(settings.seed)
+    initialise(sae, generator)
+    tokens = x.flatten(0, 1).cpu()
+    tokens = tokens[torch.randperm(len(tokens), generator=generator)[:B_DEC_TOKENS]]
+    with torch.no_grad():
+        if settings.b_dec_init_method == "geometric_median":
+            sae.b_dec.copy_(geometric_median(tokens))
+        elif settings.b_dec_init_method == "mean":
+            sae.b_dec.copy_(tokens.mean(dim=0))
+    objective = Objective(settings.l1_coefficient, settings.mse_cls_coefficient, settings.use_ghost_grads)
+    schedule = Schedule(settings.lr_scheduler_name, total_steps, settings.lr_warm_up_steps)
+    has_cls = settings.tokens != "patch"
+    return Trainer(sae.to(x.device), objective, schedule, settings.lr, settings.dead_feature_window, has_cls)
+
+
+def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
+    """bf16 products around float32 weights, or nothing."""
+    return torch.autocast(device, dtype_of("bf16"), enabled=precision == "bf16")
+
+
+def _weights(sae: SparseAutoencoder) -> dict[str, np.ndarray]:
+    return {name: value.detach().cpu().numpy().copy() for name, value in sae.state_dict().items()}
+
+
+def train(settings: TrainSettings) -> dict[str, float]:
+    """`jobs/train.py`: write sae.pt and sae.safetensors. Returns the summary's numbers.
+
+    Raises: UserError for whatever is wrong with the settings, the inputs or the folder.
+    """
+    model = load_model(settings)
+    manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, settings.classnames)
+    total_images = images_to_train_on(settings, model)
+    uri = checkpoint_folder(settings, model, total_images)
+    folders = {}
+    for precision in cluster.possible_precisions(settings.precision):
+        identity = _identity(settings, model, manifest, precision, total_images)
+        names = ["sae.pt", "sae.safetensors", "errors.parquet", *_checkpoint_names(settings, total_images)]
+        folders[precision] = ResultFolder(uri, "train", identity, dict.fromkeys(names, run_key(identity)))
+    done = finished(folders, settings.overwrite)
+    if done:
+        log.info("train: done already, nothing to do; checkpoint %s", storage.join(uri, "sae.pt"))
+        return dict(done.record()["metrics"])
+    with tracked(settings.root_dir, "train", as_dict(settings)) as tracker:
+        outcome = run_training(settings, model, manifest, total_images, tracker)
+        folder = folders[outcome.precision]
+        folder.commit(outcome.files, _record(settings, manifest, outcome, tracker.run_id))
+        tracker.tags({**folder.identity, "run_key": run_key(folder.identity), "results": uri})
+        tracker.metrics(outcome.metrics, step=int(outcome.metrics["steps"]))
+        tracker.files(uri, [*outcome.files, RUN_FILE])
+    log_summary(outcome.metrics, uri)
+    return outcome.metrics
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training run made."""
+
+    files: dict[str, bytes]
+    metrics: dict[str, float]
+    seconds: dict[str, float]
+    plan: cluster.Plan
+    precision: str
+
+
+def run_training(
+    settings: TrainSettings, model: LoadedModel, manifest: Manifest, total_images: int, tracker: Tracker
+) -> Outcome:
+    """Run the trainer on Ray and take its messages.
+
+    Raises: UserError past `--max_bad_fraction` or where the loss stops being finite.
+    """
+    cluster.connect(settings.ray_address)
+    plan = cluster.make_plan(settings.device)
+    precision = cluster.resolve_precision(settings.precision, plan.device)
+    epochs = math.ceil(total_images / max(1, int(manifest.num_images * (1 - settings.max_bad_fraction))))
+    order = tuple(unit_order(len(manifest.units), epochs, settings.seed))
+    task = TrainTask(model.portable(precision), settings, total_images, order)
+    log.info(
+        "train: %s images in %s steps of %d, %s latents, %s, %s", f"{total_images:,}", f"{task.total_steps:,}",
+        settings.batch_size, f"{model.config.width * settings.expansion_factor:,}", precision, plan.describe(),
+    )  # fmt: skip
+    remote = ray.remote(train_units).options(num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus, max_retries=0)
+    kept = Pass(settings.max_bad_fraction, manifest.num_images)
+    config = checkpoint_config(settings, model, total_images)
+    files: dict[str, bytes] = {}
+    progress = _TrainProgress(total_images)
+    for reference in remote.remote(ray.put(task), manifest, model.config.image_size, plan):
+        message: Message = _get(reference)
+        kept.bad.extend(message.bad or [])
+        kept.check()
+        tracker.metrics({f"train_{name}": value for name, value in message.metrics.items()}, step=message.step)
+        progress.show(message)
+        if message.weights is not None:
+            files.update(_checkpoint_files(message, config))
+    metrics = {
+        **message.metrics,
+        "images": float(message.images),
+        "steps": float(message.step),
+        "bad_images": float(len(kept.bad)),
+        "wall_seconds": kept.wall_seconds(),
+        "images_per_second": message.images / kept.wall_seconds(),
+    }
+    files["errors.parquet"] = errors_parquet(kept.bad)
+    return Outcome(files, metrics, message.seconds or {}, plan, precision)
+
+
+def _get(reference: Any) -> Message:
+    try:
+        message: Message = ray.get(reference)
+        return message
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, FloatingPointError):
+            raise UserError(f"training stopped: {error.cause}; a lower --lr or another --precision would be right") from error
+        raise
+
+
+class _TrainProgress:
+    """A line every ten seconds with the loss."""
+
+    def __init__(self, total_images: int) -> None:
+        self._total = total_images
+        self._first: tuple[float, int] | None = None
+        self._last_line = time.monotonic()
+
+    def show(self, message: Message) -> None:
+        now = time.monotonic()
+        self._first = self._first or (now, message.images)
+        if now - self._last_line >= LINE_SECONDS:
+            line = progress_line("train", message.images, self._total, message.images - self._first[1], now - self._first[0])
+            log.info("%s, loss %.5f, L0 %.1f", line, message.metrics["loss"], message.metrics["l0"])
+            self._last_line = now
+
+
+def images_to_train_on(settings: TrainSettings, model: LoadedModel) -> int:
+    """`--total_training_images`, or as many whole images as `--total_training_tokens` needs."""
+    if settings.total_training_tokens is None:
+        return settings.total_training_images or PATCHSAE_TOTAL_IMAGES
+    side = model.config.image_size // _patch_size(model)
+    tokens = {"all": side**2 + 1, "image": side**2 + 1, "patch": side**2, "cls": 1}[settings.tokens]
+    return math.ceil(settings.total_training_tokens / tokens)
+
+
+def _patch_size(model: LoadedModel) -> int:
+    size = model.config.model["vision_cfg"].get("patch_size", 16)
+    return int(size[0] if isinstance(size, (list, tuple)) else size)
+
+
+def checkpoint_folder(settings: TrainSettings, model: LoadedModel, total_images: int) -> str:
+    """{root_dir}/out/checkpoints/{run_name}; a name made of the settings where none is given."""
+    backbone = model.config.name.rsplit("/", 1)[-1].removesuffix(".json")
+    made = (
+        f"{settings.dataset_name}_{backbone}_block{model.block_layer}_{settings.tokens}_x{settings.expansion_factor}"
+        f"_l1{settings.l1_coefficient:g}_lr{settings.lr:g}_{total_images}images_seed{settings.seed}"
+    )
+    return storage.join(settings.root_dir, "out", "checkpoints", settings.run_name or made)
+
+
+def checkpoint_config(settings: TrainSettings, model: LoadedModel, total_images: int) -> dict[str, Any]:
+    """The cfg of the checkpoint: what the released code looks up, what `--backbone` may be left out for, and the recipe."""
+    recipe = {key: value for key, value in as_dict(settings).items() if key not in _NOT_RECIPE}
+    layers = int(model.config.model["vision_cfg"].get("layers", 12))
+    return {
+        **recipe,
+        "model_name": model.config.name,
+        "block_layer": model.block_layer - layers,
+        "clip_digest": model.clip_digest,
+        "total_training_images": total_images,
+        "class_token": settings.tokens == "cls",
+    }
+
+
+_NOT_RECIPE = {
+    "root_dir", "ray_address", "overwrite", "backbone", "device", "total_training_tokens", "run_name", "max_bad_fraction",
+}  # fmt: skip
+
+
+def _checkpoint_names(settings: TrainSettings, total_images: int) -> list[str]:
+    """File names of the checkpoints on the way: sae_{images}_images.pt."""
+    steps = checkpoint_steps(settings.n_checkpoints, math.ceil(total_images / settings.batch_size))
+    return [f"sae_{step * settings.batch_size}_images.pt" for step in steps]
+
+
+def _checkpoint_files(message: Message, config: dict[str, Any]) -> dict[str, bytes]:
+    weights = message.weights or {}
+    sae = SparseAutoencoder(*weights["W_enc"].shape)
+    sae.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
+    if message.last:
+        return {"sae.pt": torch_bytes(sae, config), "sae.safetensors": safetensors_bytes(sae, config)}
+    return {f"sae_{message.images}_images.pt": torch_bytes(sae, config)}
+
+
+def _identity(
+    settings: TrainSettings, model: LoadedModel, manifest: Manifest, precision: str, total_images: int
+) -> dict[str, Any]:
+    recipe = {
+        key: value
+        for key, value in as_dict(settings).items()
+        if key in TrainSettings.__annotations__ and key not in {"run_name", "total_training_tokens", "total_training_images"}
+    }
+    return {
+        **model.identity(precision),
+        "manifest": manifest.digest,
+        "total_images": total_images,
+        "max_bad_fraction": settings.max_bad_fraction,
+        **recipe,
+    }
+
+
+def _record(settings: TrainSettings, manifest: Manifest, outcome: Outcome, mlflow_run: str) -> dict[str, Any]:
+    return {
+        "settings": as_dict(settings),
+        "device": outcome.plan.device,
+        "plan": outcome.plan.describe(),
+        "source": manifest.source,
+        "num_images": manifest.num_images,
+        "seconds": {stage: round(value, 3) for stage, value in outcome.seconds.items()},
+        "metrics": outcome.metrics,
+        "mlflow_run": mlflow_run,
+    }
+
+
+def log_summary(metrics: dict[str, float], uri: str) -> None:
+    """The last lines of the job."""
+    log.info(
+        "train: %s images in %.1f s (%.1f images/s), loss %.5f, mse %.5f, L0 %.1f, dead latents %.1f %%",
+        f"{metrics['images']:,.0f}", metrics["wall_seconds"], metrics["images_per_second"], metrics["loss"],
+        metrics["mse_loss"], metrics["l0"], 100 * metrics["dead_share"],
+    )  # fmt: skip
+    log.info("train: checkpoint %s", storage.join(uri, "sae.pt"))

@@ -1,0 +1,282 @@
+"""The typed settings of every job: one frozen object from a YAML file and flags, flags winning.
+
+jsonargparse makes the flags, `--help` and `--print_config` from these dataclasses; names are PatchSAE's where it has one.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NoReturn, TypeVar
+
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+from patchsae_ray.errors import UserError, first_line, nearest
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+VitType = Literal["base", "maple"]
+Tokens = Literal["all", "image", "patch", "cls"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where a job runs and writes."""
+
+    root_dir: str = "."
+    """Folder or URI under which results go, in `out/` and `eval_outputs/`."""
+    ray_address: str | None = None
+    """Ray cluster to run on; default: $RAY_ADDRESS, else a Ray of its own on this machine."""
+    overwrite: bool = False
+    """Replace another run's results in the output folder; without it they are an error."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could use.
+
+        Raises: UserError that names the flag.
+        """
+        for name, (low, high) in _BOUNDS.items():
+            value = getattr(self, name, None)
+            if value is not None and not low <= value <= high:
+                wanted = f"at least {low}" if math.isinf(high) else f"{low} to {high}"
+                raise UserError(f"--{name} {value}: {wanted} would be right")
+
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "batch_size": (1, math.inf),
+    "dead_feature_window": (1, math.inf),
+    "expansion_factor": (1, math.inf),
+    "figure_latents": (0, 64),
+    "l1_coefficient": (0, math.inf),
+    "lr": (0, math.inf),
+    "lr_warm_up_steps": (0, math.inf),
+    "max_bad_fraction": (0, 1),
+    "mse_cls_coefficient": (0, math.inf),
+    "n_checkpoints": (0, math.inf),
+    "quality_images": (0, math.inf),
+    "seed": (0, 2**63 - 1),
+    "threshold": (0, math.inf),
+    "top_k": (1, math.inf),
+    "total_training_images": (1, math.inf),
+    "total_training_tokens": (1, math.inf),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(RunSettings):
+    """Which images."""
+
+    dataset_name: str = "demo"
+    """Data set in configs/datasets; with --dataset_path just the name in the output path."""
+    dataset_path: str | None = None
+    """Your own images: a folder, Parquet file(s) or WebDataset tar(s), local or any fsspec URI."""
+    split: str | None = None
+    """Split of the data set; default: the catalog entry's, or everything under --dataset_path."""
+    classnames: str | None = None
+    """JSON list or text file (one a line) of class names; default: the data set's own."""
+    max_bad_fraction: float = 0.01
+    """Share of unreadable images up to which the job goes on; they are listed in errors.parquet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(DataSettings):
+    """Which CLIP, and how it runs."""
+
+    vit_type: VitType = "base"
+    """Plain CLIP, or CLIP adapted with MaPLe."""
+    model_path: str | None = None
+    """MaPLe checkpoint (model.pth.tar-E), with --vit_type maple."""
+    config_path: str | None = None
+    """MaPLe config (yaml), with --vit_type maple."""
+    backbone: str | None = None
+    """open_clip model name or JSON model config; default: the SAE checkpoint's, or for training the data set's or ViT-B-16."""
+    clip_weights: str | None = None
+    """open_clip tag, state dict (.pt, .safetensors), OpenAI archive, or Hugging Face CLIP directory."""
+    block_layer: int | None = None
+    """Vision block whose output is read, negative from the end; default: the SAE checkpoint's, or -2 when training."""
+    batch_size: int = 64
+    """Images a forward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes the cluster's GPUs if it has any."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of CLIP and the SAE's products; auto is bf16 on a GPU and fp32 on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaeSettings(ModelSettings):
+    """A trained autoencoder to look through."""
+
+    sae_path: str
+    """SAE checkpoint, PatchSAE's .pt or .safetensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(ModelSettings):
+    """Train a sparse autoencoder on CLIP's tokens."""
+
+    batch_size: int = 128
+    """Images a training step; all their tokens make one batch."""
+    tokens: Tokens = "all"
+    """Tokens to train on: all, image (CLS and patches), patch, or cls."""
+    seed: int = 42
+    """Of the weights' start, b_dec's sample and the order of the images."""
+    lr: float = 4e-4
+    """Adam's learning rate."""
+    l1_coefficient: float = 8e-5
+    """Weight of the latents' L1 norm."""
+    lr_scheduler_name: Literal[
+        "constant",
+        "constantwithwarmup",
+        "linearwarmupdecay",
+        "cosineannealing",
+        "cosineannealingwarmup",
+        "cosineannealingwarmrestarts",
+    ] = "constantwithwarmup"
+    """Course of the learning rate."""
+    lr_warm_up_steps: int = 500
+    """Steps over which the learning rate rises, for the schedules that rise."""
+    expansion_factor: int = 64
+    """Latents for each dimension of the residual stream."""
+    use_ghost_grads: bool = True
+    """Ghost gradients for dead latents."""
+    dead_feature_window: int = 64
+    """Batches without firing after which a latent is dead."""
+    mse_cls_coefficient: float = 1.0
+    """Weight of the CLS token's reconstruction error."""
+    b_dec_init_method: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
+    """Where the decoder's bias starts: a centre of the first images' tokens, or zero."""
+    n_checkpoints: int = 0
+    """Checkpoints written on the way, evenly spaced, beside the last one."""
+    run_name: str | None = None
+    """Folder name under out/checkpoints; default: made of the settings."""
+    total_training_images: int | None = None
+    """Images to train on, repeats counted; default 2,621,440, PatchSAE's."""
+    total_training_tokens: int | None = None
+    """The same as a number of tokens, in place of --total_training_images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.total_training_images is not None and self.total_training_tokens is not None:
+            raise UserError("--total_training_images and --total_training_tokens: give one of them")
+        if self.run_name is not None and (not self.run_name.strip() or "/" in self.run_name or self.run_name.startswith(".")):
+            raise UserError(f"--run_name {self.run_name!r}: one folder name, without / and not beginning with a dot")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassLatentsSettings(SaeSettings):
+    """Count, per latent and class, the tokens on which the latent is above a threshold."""
+
+    tokens: Tokens = "all"
+    """Tokens to count: all, image (CLS and patches), patch, or cls."""
+    threshold: float = 0.2
+    """Activation above which a token counts for its image's class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractSettings(ClassLatentsSettings):
+    """Find what each latent responds to: top images, means, frequencies, tokens per class."""
+
+    tokens: Tokens = "all"
+    """Tokens whose mean is an image's activation: all, image (CLS and patches), patch, or cls."""
+    top_k: int = 10
+    """Images kept a latent."""
+    quality_images: int = 1024
+    """Images, drawn with --seed, on which reconstruction quality is measured; 0 for none."""
+    figure_latents: int = 12
+    """Latents in the figure of top images; 0 for no figure."""
+    seed: int = 42
+    """Of the sample of --quality_images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerSettings(SaeSettings):
+    """Steer zero-shot classification by masking latents, in the order of their class counts."""
+
+    cls_wise_sae_activation_path: str
+    """cls_sae_cnt.npy, (latents, classes) or as the released code writes it (classes, latents)."""
+    counts_orientation: Literal["auto", "latents_first", "classes_first"] = "auto"
+    """Which axis of the counts is which; auto tells them apart by their sizes."""
+    topk: str = "1,2,5,10,50,100,500,1000,2000,all"
+    """Numbers of latents kept (on) and removed (off); `all` is the SAE's width."""
+    rank_by: str = "class"
+    """Order of the latents: class (counts of the image's class), random (one order from --seed), or both: class,random."""
+    output_offset: float = 0.0
+    """Added to every element of a reconstruction; the released script adds 0.105131256516992."""
+    seed: int = 42
+    """Of the random order."""
+
+
+S = TypeVar("S", bound=RunSettings)
+
+
+class _Parser(ArgumentParser):
+    """One line and exit code 2 for whatever is wrong, with the nearest name where one is misspelt."""
+
+    given: Sequence[str] = ()
+
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
+        self.given = list(sys.argv[1:] if args is None else args)
+        return super().parse_args(args, *others, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known = [action.dest for action in self._actions]
+        line = first_line(Exception(message.replace("\n", " ")))
+        words = [word.strip("'\".,:[]").removeprefix("--").split("=")[0] for word in line.split()]
+        unknown = [word for word in words if word and word not in known and nearest(word, known)]
+        says_unknown = any(marker in line.lower() for marker in ("unrecognized", "not accepted", "does not accept", "no action"))
+        if "is not accepted" in line and "--config" in self.given[:-1]:
+            line = f"{self.given[self.given.index('--config') + 1]}: {line}"
+        sys.stderr.write(f"error: {line}{nearest(unknown[0], known) if unknown and says_unknown else ''}\n")
+        sys.exit(2)
+
+
+def build_parser(settings_class: type[RunSettings]) -> ArgumentParser:
+    """The command line of a job: a flag for every field, --config and --print_config."""
+    parser = _Parser(description=settings_class.__doc__, allow_abbrev=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; flags win over it.")
+    parser.add_class_arguments(settings_class, sub_configs=False)
+    for action in parser._actions:
+        if action.dest in _boolean_fields(settings_class):
+            action.nargs, action.const = "?", True  # PatchSAE's bare --use_ghost_grads, and also --use_ghost_grads false
+    return parser
+
+
+def _boolean_fields(settings_class: type[RunSettings]) -> set[str]:
+    return {field.name for field in fields(settings_class) if field.type in (bool, "bool")}
+
+
+def parse(settings_class: type[S], arguments: Sequence[str] | None = None) -> S:
+    """Command line → settings.
+
+    For training, the data set's own defaults (`train_defaults` in its catalog entry) come before PatchSAE's.
+    """
+    parser = build_parser(settings_class)
+    if issubclass(settings_class, TrainSettings):
+        first = parser.parse_args(arguments)
+        parser.set_defaults(train_defaults(first.dataset_name, first.dataset_path, first.total_training_tokens))
+    parsed = parser.parse_args(arguments)
+    values = {field.name: parsed[field.name] for field in fields(settings_class)}
+    return settings_class(**values)
+
+
+def train_defaults(dataset_name: str, dataset_path: str | None, total_training_tokens: int | None) -> dict[str, Any]:
+    """The catalog entry's `train_defaults`.
+
+    Raises: UserError that names a key which is no training setting.
+    """
+    from patchsae_ray.data.catalog import find_entry
+
+    entry = None if dataset_path else find_entry(dataset_name)
+    defaults = dict(entry.train_defaults) if entry else {}
+    known = [field.name for field in fields(TrainSettings)]
+    for key in defaults:
+        if key not in known:
+            raise UserError(f"configs/datasets/{dataset_name}.yaml: train_defaults has no {key!r}{nearest(key, known)}")
+    if total_training_tokens is not None:
+        defaults.pop("total_training_images", None)
+    return defaults
+
+
+def as_dict(settings: RunSettings) -> dict[str, Any]:
+    """The settings as plain values, for run.json and MLflow."""
+    return asdict(settings)
