@@ -206,6 +206,16 @@ class SteerSettings(SaeSettings):
     """Of the random order."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings(RunSettings):
+    """The main job on the embedded default: train, extract, count per class and steer on Fashion-MNIST."""
+
+    root_dir: str = "demo_run"
+    """Folder or URI under which results go, in `out/` and `eval_outputs/`."""
+    total_training_images: int | None = None
+    """Images to train on; default: as configs/datasets/demo.yaml says."""
+
+
 S = TypeVar("S", bound=RunSettings)
 
 

@@ -42,9 +42,9 @@ def _rise(schedule: Schedule, step: int) -> float:
 
 
 def _after_rise(schedule: Schedule, step: int) -> float:
-    """Share of the way from the end of the rise to the last step, 0 to 1."""
+    """Share of the way from the end of the rise to `total_steps`, 0 to 1; below 1 in every step of the run."""
     length = max(1, schedule.total_steps - schedule.warm_up_steps)
-    return min(1.0, max(0, step + 1 - schedule.warm_up_steps) / length)
+    return min(1.0, max(0, step - schedule.warm_up_steps) / length)
 
 
 def _half_cosine(share: float) -> float:

@@ -1,0 +1,74 @@
+"""The main job on the embedded default, end to end: train, extract, count, steer, and a page of what came out."""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from patchsae_ray import storage
+from patchsae_ray.pipelines.extract import COUNTS_FILE, FIGURE_FILE, class_latents, extract, feature_folder
+from patchsae_ray.pipelines.steer import CURVE_FILE, steer
+from patchsae_ray.pipelines.train import train
+from patchsae_ray.settings import ClassLatentsSettings, DemoSettings, ExtractSettings, SteerSettings, TrainSettings, parse
+
+log = logging.getLogger(__name__)
+
+RUN_NAME = "demo"
+
+
+def demo(settings: DemoSettings) -> str:
+    """`jobs/demo.py`: the four jobs as a newcomer would type them, then a report, which is also printed.
+
+    Raises: UserError as the jobs do.
+    """
+    started = time.perf_counter()
+    root = settings.root_dir
+    shared = ["--root_dir", root, *(["--ray_address", settings.ray_address] if settings.ray_address else [])]
+    shared += ["--overwrite"] if settings.overwrite else []
+    length = settings.total_training_images
+    length_flags = ["--total_training_images", str(length)] if length else []
+    train_flags = _command("train", [*shared, "--run_name", RUN_NAME, *length_flags])
+    trained = train(parse(TrainSettings, train_flags))
+    look = [*shared, "--sae_path", storage.join(root, "out", "checkpoints", RUN_NAME, "sae.pt")]
+    extract_settings = parse(ExtractSettings, _command("extract", look))
+    extracted = extract(extract_settings)
+    class_latents(parse(ClassLatentsSettings, _command("class_latents", [*look, "--threshold", "0.2"])))
+    features = feature_folder(extract_settings)
+    steer_flags = ["--cls_wise_sae_activation_path", storage.join(features, COUNTS_FILE)]
+    steer_flags += ["--split", "test", "--rank_by", "class,random"]
+    curves = steer(parse(SteerSettings, _command("steer", [*look, *steer_flags])))
+    text = report(trained, extracted, curves, features, storage.join(root, "eval_outputs", "base", "demo"))
+    log.info("%s\n\n%.0f s in all. MLflow: mlflow ui --backend-store-uri sqlite:///%s/mlflow.db", text, time.perf_counter() - started, root)
+    return text
+
+
+def _command(job: str, flags: Sequence[str]) -> list[str]:
+    log.info("\n$ python jobs/%s.py %s", job, " ".join(flags))
+    return list(flags)
+
+
+def report(
+    trained: dict[str, float], extracted: dict[str, float], curves: dict[str, Any], features: str, evaluation: str
+) -> str:
+    """What came out, as text."""
+    whole = curves["class"]["on"][-1]
+    lines = [
+        "",
+        f"The SAE, trained on {trained['images']:,.0f} images in {trained['wall_seconds']:.0f} s, "
+        f"looked at through {extracted['images']:,.0f} images",
+        f"  zero-shot accuracy without the SAE        {curves['no_sae']:6.2f} %",
+        f"  zero-shot accuracy with its reconstruction{whole:6.2f} %",
+        f"  explained variance                        {100 * extracted['quality_explained_variance']:6.2f} %",
+        f"  active latents a token (L0)               {extracted['quality_l0']:6.1f} of {extracted['latents']:,.0f}",
+        f"  latents never active on these images      {extracted['dead_latents']:6,.0f} ({100 * extracted['dead_share']:.1f} %)",
+        "",
+        "Masking curve: zero-shot accuracy in %, by how many latents are kept (on) or removed (off)",
+        "           ranked for the class     the same number at random",
+        "       k        on       off              on       off",
+    ]
+    columns = (curves["class"]["on"], curves["class"]["off"], curves["random"]["on"], curves["random"]["off"])
+    for k, class_on, class_off, random_on, random_off in zip(curves["ks"], *columns, strict=True):
+        lines.append(f"  {k:6,}  {class_on:8.2f}  {class_off:8.2f}        {random_on:8.2f}  {random_off:8.2f}")
+    lines += ["", "Files", f"  {features}/", f"  {storage.join(features, FIGURE_FILE)}"]
+    lines += [f"  {evaluation}/", f"  {storage.join(evaluation, CURVE_FILE)}"]
+    return "\n".join(lines)

@@ -1,0 +1,134 @@
+"""What the tests share: the golden case, one Ray head of their own, a ready MLflow store, jobs run as commands."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@dataclass(frozen=True)
+class RayHead:
+    """A running head of the tests' own."""
+
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for opened in sockets:
+        opened.bind(("127.0.0.1", 0))
+    ports = [opened.getsockname()[1] for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[RayHead]:
+    """A head with two CPUs and token auth, in a folder of its own; ended by its process group."""
+    folder = tempfile.mkdtemp(prefix="psr", dir="/tmp")  # Ray's socket paths must stay short
+    gcs, dashboard, agent, agent_grpc, client = free_ports(5)
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    command = [
+        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats",
+        "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--temp-dir={folder}", "--include-dashboard=true",
+        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+        f"--dashboard-agent-grpc-port={agent_grpc}", f"--ray-client-server-port={client}",
+        "--object-store-memory=2000000000",
+    ]  # fmt: skip
+    with open(Path(folder) / "head.log", "wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    head = RayHead(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment)
+    try:
+        _wait_for_port(dashboard, process, Path(folder) / "head.log")
+        _wait_for_port(agent, process, Path(folder) / "head.log")
+        yield head
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for_port(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the Ray head ended: {log.read_text()[-2000:]}")
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.3)
+    raise RuntimeError(f"the Ray head did not open port {port}: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="session")
+def ready_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sqlite store whose migrations, which take seconds, are done."""
+    from patchsae_ray.tracking import Tracker
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    Tracker(str(folder), "made-ready", {}).finish("FINISHED")
+    return folder / "mlflow.db"
+
+
+JobRunner = Callable[..., Finished]
+
+
+@pytest.fixture(scope="session")
+def run_command(ray_head: RayHead, ready_mlflow: Path) -> JobRunner:
+    """Run jobs/NAME.py as a command on the tests' head: `run_command("extract", root, "--flag", …)`."""
+
+    def run(job: str, root: Path, *flags: str, cwd: Path = ROOT, timeout: int = 400) -> Finished:
+        root.mkdir(parents=True, exist_ok=True)
+        if not (root / "mlflow.db").exists():
+            shutil.copy(ready_mlflow, root / "mlflow.db")
+        command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--root_dir", str(root), *flags]
+        environment = {**ray_head.environment, "RAY_ADDRESS": ray_head.address}
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def golden_model_flags() -> list[str]:
+    return [
+        "--backbone", str(GOLDEN / "clip.json"), "--clip_weights", str(GOLDEN / "clip.safetensors"),
+        "--sae_path", str(GOLDEN / "sae.pt"),
+    ]  # fmt: skip
+
+
+def golden_flags() -> list[str]:
+    data = ["--dataset_name", "golden", "--dataset_path", str(GOLDEN / "images")]
+    return [*data, "--classnames", str(GOLDEN / "classnames.json"), *golden_model_flags()]

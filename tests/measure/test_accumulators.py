@@ -1,0 +1,104 @@
+"""Merging: the same integers and top lists for any split and order of the images, against a plain definition."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchsae_ray.measure.arrays import from_bytes, prefixed, to_bytes, without_prefix
+from patchsae_ray.measure.latents import LatentStatistics
+from patchsae_ray.measure.masking import MaskingAccuracy, settings_of
+from patchsae_ray.measure.quality import ReconstructionQuality
+from patchsae_ray.sae.ops import ImageLatents
+
+
+def images(seed: int, n: int, s: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Means on a coarse grid, so that ties are common; counts; labels, some missing."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randint(0, 4, (n, s), generator=generator).float() / 4
+    counts = torch.randint(0, 3, (n, s), generator=generator, dtype=torch.int32)
+    return means, counts, torch.randint(-1, 3, (n,), generator=generator)
+
+
+def gather(seed: int, n: int, s: int, parts: list[list[int]], order: list[int]) -> LatentStatistics:
+    means, counts, labels = images(seed, n, s)
+    total = LatentStatistics(s, top_k=4)
+    for index in order:
+        part = torch.tensor(parts[index])
+        one = LatentStatistics(s, top_k=4)
+        for rows in part.split(3):
+            one.update(ImageLatents(means[rows], counts[rows]), rows, labels[rows])
+        total.merge(LatentStatistics.from_arrays(from_bytes(to_bytes(one.to_arrays()))))
+    return total
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), n=st.integers(1, 30), cuts=st.sets(st.integers(1, 29)), data=st.data())
+def test_any_split_and_order_gives_the_same(seed: int, n: int, cuts: set[int], data: st.DataObject) -> None:
+    s = 5
+    edges = [0, *sorted(cut for cut in cuts if cut < n), n]
+    parts = [list(range(low, high)) for low, high in zip(edges, edges[1:], strict=False)]
+    order = data.draw(st.permutations(range(len(parts))))
+    found = gather(seed, n, s, parts, list(order)).result(3)
+    means, counts, labels = images(seed, n, s)
+    for latent in range(s):
+        ranked = sorted((-means[i, latent].item(), i) for i in range(n) if means[i, latent] > 0)[:4]
+        wanted = [i for _, i in ranked] + [-1] * (4 - len(ranked))
+        assert found.top.positions[latent].tolist() == wanted
+        assert found.top.values[latent].tolist() == [-v for v, _ in ranked] + [0.0] * (4 - len(ranked))
+        assert found.top.labels[latent].tolist() == [labels[i].item() if i >= 0 else -1 for i in wanted]
+        for label in range(3):
+            assert found.class_counts[latent, label] == counts[labels == label, latent].sum()
+        active = (means[:, latent] > 0).sum()
+        assert found.sparsity[latent] == pytest.approx((active / n).item())
+        assert found.mean_acts[latent] == pytest.approx((means[:, latent].sum() / active.clamp_min(1)).item(), rel=1e-6)
+
+
+def test_never_active_latent_is_zero_and_empty() -> None:
+    statistics = LatentStatistics(3, top_k=2)
+    statistics.update(ImageLatents(torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.int32)), torch.arange(4), torch.zeros(4).long())
+    result = statistics.result(2)
+    assert (result.mean_acts == 0).all()
+    assert (result.top.positions == -1).all()
+    assert (result.top.values == 0).all()
+    assert result.class_counts.shape == (3, 2)
+
+
+def test_quality_against_the_definitions() -> None:
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) + 3
+    close = x + 0.1 * torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+    values = torch.rand(70)
+    whole = ReconstructionQuality(6)
+    for rows in (slice(0, 11), slice(11, 40)):
+        part = ReconstructionQuality(6)
+        part.update(x[rows], close[rows], values if rows.start else values[:0], 4)
+        whole.merge(ReconstructionQuality.from_arrays(from_bytes(to_bytes(part.to_arrays()))))
+    result = whole.result()
+    assert result is not None
+    error, spread = ((close - x) ** 2).sum(), ((x - x.mean(dim=0)) ** 2).sum()
+    assert result.explained_variance == pytest.approx((1 - error / spread).item(), rel=1e-5)
+    assert result.mse == pytest.approx(((close - x) ** 2 / x.norm(dim=-1, keepdim=True)).mean().item(), rel=1e-5)
+    assert (result.num_images, result.num_tokens) == (8, 40)
+    assert result.l0 == pytest.approx(70 / 40)
+    assert result.l1 == pytest.approx(values.sum().item() / 40, rel=1e-5)
+    assert ReconstructionQuality(6).result() is None
+
+
+def test_masking_table() -> None:
+    accuracy, other = MaskingAccuracy(3, 3), MaskingAccuracy(3, 3)
+    accuracy.update(np.array([0, 1, 0]), 0)
+    other.update(np.array([0, 0, 0]), 0)
+    other.update(np.array([1, 2, 1]), 1)
+    accuracy.merge(MaskingAccuracy.from_arrays(from_bytes(to_bytes(other.to_arrays()))))
+    table = accuracy.table([5])
+    assert list(table.index) == settings_of([5]) == ["no_sae", "on_5", "off_5"]
+    assert table.loc["no_sae"].tolist()[:2] == [100.0, 100.0]
+    assert table.loc["on_5"].tolist()[:2] == [50.0, 0.0]
+    assert np.isnan(table.loc["no_sae", "2"]), "a class without images has no percentage"
+    assert accuracy.accuracy() == pytest.approx([100.0, 100 / 3, 100.0])
+
+
+def test_prefixes_keep_accumulators_apart() -> None:
+    arrays = {**prefixed("a", {"x": np.ones(2)}), **prefixed("ab", {"x": np.zeros(3)})}
+    assert without_prefix("a", arrays)["x"].tolist() == [1.0, 1.0]

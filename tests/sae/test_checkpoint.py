@@ -1,0 +1,101 @@
+"""Checkpoints: both forms both ways, old config objects through the allow-list, everything else refused."""
+
+import io
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from patchsae_ray import storage
+from patchsae_ray.errors import UserError
+from patchsae_ray.sae.checkpoint import load_sae, read_checkpoint, safetensors_bytes, torch_bytes
+from tests.conftest import GOLDEN
+from tests.sae.test_ops import make_sae
+
+CONFIG = {"model_name": "demo", "block_layer": -2, "l1_coefficient": 8e-5, "use_ghost_grads": True, "mse_cls_coefficient": 1.0}
+RELEASED_LOOKS_UP = {
+    "d_in", "d_sae", "l1_coefficient", "dtype", "gated_sae", "use_ghost_grads", "mse_cls_coefficient", "block_layer",
+    "module_name", "class_token",
+}  # fmt: skip
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in make_sae(8, 24, 1).state_dict().items()}
+
+
+def test_golden_checkpoint() -> None:
+    checkpoint = read_checkpoint(str(GOLDEN / "sae.pt"))
+    assert (checkpoint.sae.d_in, checkpoint.sae.d_sae) == (128, 1024)
+    assert checkpoint.model_name == "tiny-clip"
+    assert checkpoint.block_layer == -2
+
+
+def test_both_forms_round_trip(tmp_path: Path) -> None:
+    sae = make_sae(8, 24, 1)
+    (tmp_path / "sae.pt").write_bytes(torch_bytes(sae, CONFIG))
+    (tmp_path / "sae.safetensors").write_bytes(safetensors_bytes(sae, CONFIG))
+    torch_form, safe_form = (read_checkpoint(str(tmp_path / name)) for name in ("sae.pt", "sae.safetensors"))
+    assert torch_form.digest == safe_form.digest
+    assert torch_form.block_layer == safe_form.block_layer == -2
+    for name, value in sae.state_dict().items():
+        assert torch.equal(torch_form.sae.state_dict()[name], value)
+
+
+def test_written_file_has_what_the_released_code_looks_up() -> None:
+    loaded = torch.load(io.BytesIO(torch_bytes(make_sae(8, 24, 1), CONFIG)), weights_only=True)
+    assert set(loaded["cfg"]) >= RELEASED_LOOKS_UP
+    assert loaded["cfg"]["dtype"] is torch.float32
+    assert loaded["cfg"]["module_name"] == "resid"
+    assert set(loaded["state_dict"]) == {"W_enc", "b_enc", "W_dec", "b_dec"}
+
+
+@pytest.mark.parametrize("class_name", ["ViTSAERunnerConfig", "Config"])
+def test_old_pickled_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, class_name: str) -> None:
+    module = types.ModuleType("src.sae_training.config")
+    made = type(class_name, (), {"__module__": "src.sae_training.config"})
+    setattr(module, class_name, made)
+    for name in ("src", "src.sae_training"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "src.sae_training.config", module)
+    config = made()
+    config.__dict__.update(model_name="openai/openai/clip-vit-base-patch16", block_layer=-2, dtype=torch.float32)
+    torch.save({"config": config, "state_dict": tensors()}, tmp_path / "old.pt")
+    monkeypatch.undo()
+    checkpoint = read_checkpoint(str(tmp_path / "old.pt"))
+    assert checkpoint.model_name == "openai/openai/clip-vit-base-patch16"
+    assert checkpoint.block_layer == -2
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch /tmp/patchsae_ray_was_here",)
+
+
+def test_refused(tmp_path: Path) -> None:
+    whole = (GOLDEN / "sae.pt").read_bytes()
+    cut, evil, gated, short, infinite = (tmp_path / f"{name}.pt" for name in ("cut", "evil", "gated", "short", "infinite"))
+    cut.write_bytes(whole[: len(whole) // 2])
+    torch.save({"cfg": Evil(), "state_dict": tensors()}, evil)
+    torch.save({"cfg": {"gated_sae": True}, "state_dict": tensors()}, gated)
+    torch.save({"cfg": {}, "state_dict": {**tensors(), "b_enc": torch.zeros(3)}}, short)
+    torch.save({"cfg": {}, "state_dict": {**tensors(), "b_enc": torch.full((24,), float("inf"))}}, infinite)
+    cut_safe = tmp_path / "cut.safetensors"
+    cut_safe.write_bytes(safetensors_bytes(make_sae(8, 24, 1), CONFIG)[:500])
+    wrong = {
+        cut: "not a whole torch checkpoint",
+        evil: "would run (posix|os|nt).system",
+        gated: "gated",
+        short: r"b_enc has shape \(3,\), expected \(24,\)",
+        infinite: "NaN or infinite",
+        cut_safe: "not a whole safetensors",
+        tmp_path / "none.pt": "no such file",
+    }
+    for path, message in wrong.items():
+        with pytest.raises(UserError, match=message) as caught:
+            load_sae(str(path))
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not storage.exists("/tmp/patchsae_ray_was_here")

@@ -1,0 +1,97 @@
+"""Each fast operation against its plain definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchsae_ray.sae import ops
+from patchsae_ray.sae.model import SparseAutoencoder, geometric_median, initialise, normalise_decoder
+
+
+def make_sae(d_in: int, d_sae: int, seed: int) -> SparseAutoencoder:
+    sae = SparseAutoencoder(d_in, d_sae)
+    generator = torch.Generator().manual_seed(seed)
+    initialise(sae, generator)
+    with torch.no_grad():
+        sae.b_enc.normal_(-0.5, 0.5, generator=generator)
+        sae.b_dec.normal_(0, 0.3, generator=generator)
+    return sae.requires_grad_(False)
+
+
+def residual(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("slice_bytes", [4, 4 * 3 * 5 * 7, 2**26])
+def test_reduce_latents(monkeypatch: pytest.MonkeyPatch, slice_bytes: int) -> None:
+    monkeypatch.setattr(ops, "SLICE_BYTES", slice_bytes)
+    sae, x = make_sae(12, 50, 1), residual(2, 3, 5, 12)
+    fast, plain = ops.reduce_latents(sae, x, 0.2), ops.reduce_latents_plain(sae, x, 0.2)
+    assert torch.allclose(fast.means, plain.means, atol=1e-6)
+    assert torch.equal(fast.counts, plain.counts)
+    assert plain.counts.sum() > 0
+
+
+def test_slices_cover_each_latent_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "SLICE_BYTES", 4 * 10 * 7)
+    parts = list(ops.slices(50, 10))
+    assert [latent for part in parts for latent in range(part.start, part.stop)] == list(range(50))
+    assert max(part.stop - part.start for part in parts) == 7
+
+
+def test_sparse_decode_equals_dense() -> None:
+    sae, x = make_sae(12, 50, 3), residual(4, 2, 5, 12)
+    active = ops.active_latents(sae, x)
+    assert torch.allclose(ops.sparse_decode(sae, active).view(2, 5, 12), sae.decode(sae.encode(x)), atol=1e-5)
+    assert len(active.value) == int((sae.encode(x) > 0).sum())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    tokens=st.integers(1, 6),
+    latents=st.integers(2, 40),
+    data=st.data(),
+)
+def test_masked_reconstructions_equal_mask_and_decode(seed: int, tokens: int, latents: int, data: st.DataObject) -> None:
+    sae, x = make_sae(8, latents, seed), residual(seed + 1, tokens, 8)
+    ranks = torch.randperm(latents, generator=torch.Generator().manual_seed(seed))
+    ks = torch.tensor(sorted(data.draw(st.sets(st.integers(1, latents), min_size=1, max_size=6))))
+    on, off = ops.masked_reconstructions(sae, ops.active_latents(sae, x[None]), ranks, ks)
+    plain_on, plain_off = ops.masked_reconstructions_plain(sae, x, ranks, ks)
+    assert torch.allclose(on, plain_on, atol=1e-4)
+    assert torch.allclose(off, plain_off, atol=1e-4)
+
+
+def test_no_active_latent_decodes_to_the_bias() -> None:
+    sae = make_sae(8, 20, 5)
+    sae.b_enc.fill_(-100)
+    active = ops.active_latents(sae, residual(6, 1, 4, 8))
+    on, off = ops.masked_reconstructions(sae, active, torch.arange(20), torch.tensor([1, 20]))
+    assert torch.equal(on, sae.b_dec.expand(2, 4, 8))
+    assert torch.equal(off, on)
+
+
+def test_initialisation_is_patchsaes() -> None:
+    sae = SparseAutoencoder(16, 1024)
+    initialise(sae, torch.Generator().manual_seed(0))
+    bound = (6 / 1024) ** 0.5
+    assert sae.W_enc.abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(1024), atol=1e-6)
+    assert sae.b_enc.abs().max() == 0
+
+
+def test_geometric_median_of_a_known_case() -> None:
+    # Of the corners of a triangle with an angle of 120 degrees the corner at that angle is the median.
+    points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [-0.5, 3**0.5 / 2]])
+    assert torch.allclose(geometric_median(points, max_steps=2000, tolerance=0), torch.zeros(2), atol=1e-2)
+    spread = torch.cat([torch.randn(500, 3, generator=torch.Generator().manual_seed(0)), torch.full((20, 3), 1000.0)])
+    assert geometric_median(spread).norm() < 0.5 < spread.mean(dim=0).norm()
+
+
+def test_normalise_decoder() -> None:
+    sae = make_sae(8, 20, 7)
+    sae.W_dec.mul_(3)
+    normalise_decoder(sae)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(20))
