@@ -7,7 +7,9 @@ from patchsae_ray.settings import ClassLatentsSettings
 
 
 def main(settings: ClassLatentsSettings) -> None:
-    from patchsae_ray.pipelines.extract import class_latents  # after parsing, so that --help does not wait for torch and Ray
+    from patchsae_ray.pipelines.extract import (
+        class_latents,
+    )  # after parsing, so that --help does not wait for torch and Ray
 
     class_latents(settings)
 

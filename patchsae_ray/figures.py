@@ -44,7 +44,14 @@ def top_images(result: LatentResult, manifest: Manifest, num_latents: int) -> by
             if position in pictures:
                 axes[row][column].imshow(pictures[position])
                 axes[row][column].set_title(_class_name(manifest, int(top.labels[latent, column])), fontsize=7, pad=2)
-    figure.subplots_adjust(left=1.35 / (columns + 1.6), right=0.995, top=1 - 0.5 / (1.17 * rows + 0.5), bottom=0.01, hspace=0.28, wspace=0.06)
+    figure.subplots_adjust(
+        left=1.35 / (columns + 1.6),
+        right=0.995,
+        top=1 - 0.5 / (1.17 * rows + 0.5),
+        bottom=0.01,
+        hspace=0.28,
+        wspace=0.06,
+    )
     return _png(figure)
 
 

@@ -233,7 +233,9 @@ class _Parser(ArgumentParser):
         line = first_line(Exception(message.replace("\n", " ")))
         words = [word.strip("'\".,:[]").removeprefix("--").split("=")[0] for word in line.split()]
         unknown = [word for word in words if word and word not in known and nearest(word, known)]
-        says_unknown = any(marker in line.lower() for marker in ("unrecognized", "not accepted", "does not accept", "no action"))
+        says_unknown = any(
+            marker in line.lower() for marker in ("unrecognized", "not accepted", "does not accept", "no action")
+        )
         if "is not accepted" in line and "--config" in self.given[:-1]:
             line = f"{self.given[self.given.index('--config') + 1]}: {line}"
         sys.stderr.write(f"error: {line}{nearest(unknown[0], known) if unknown and says_unknown else ''}\n")
@@ -247,7 +249,10 @@ def build_parser(settings_class: type[RunSettings]) -> ArgumentParser:
     parser.add_class_arguments(settings_class, sub_configs=False)
     for action in parser._actions:
         if action.dest in _boolean_fields(settings_class):
-            action.nargs, action.const = "?", True  # PatchSAE's bare --use_ghost_grads, and also --use_ghost_grads false
+            action.nargs, action.const = (
+                "?",
+                True,
+            )  # PatchSAE's bare --use_ghost_grads, and also --use_ghost_grads false
     return parser
 
 

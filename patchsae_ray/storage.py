@@ -88,8 +88,8 @@ def write_bytes(uri: str, data: bytes) -> None:
                 os.fsync(file.fileno())
             umask = os.umask(0)
             os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
-            os.replace(temporary, target)
+            Path(temporary).chmod(0o666 & ~umask)
+            Path(temporary).replace(target)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -119,11 +119,11 @@ def list_files(uri: str) -> list[tuple[str, int]]:
     return sorted((path[len(root) + 1 :], int(info.get("size") or 0)) for path, info in found.items())
 
 
-def digest(parts: Iterable[bytes | str]) -> str:
-    """SHA-256 (hex, 32 characters) over length-prefixed parts."""
+def digest(parts: Iterable[Any]) -> str:
+    """SHA-256 (hex, 32 characters) over length-prefixed parts: strings, or whatever has a contiguous buffer."""
     hasher = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        hasher.update(len(data).to_bytes(8, "little"))
+        data = memoryview(part.encode() if isinstance(part, str) else part).cast("B")
+        hasher.update(data.nbytes.to_bytes(8, "little"))
         hasher.update(data)
     return hasher.hexdigest()[:32]

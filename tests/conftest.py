@@ -65,7 +65,7 @@ def ray_head() -> Iterator[RayHead]:
         f"--dashboard-agent-grpc-port={agent_grpc}", f"--ray-client-server-port={client}",
         "--object-store-memory=2000000000",
     ]  # fmt: skip
-    with open(Path(folder) / "head.log", "wb") as log:
+    with (Path(folder) / "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     head = RayHead(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment)
     try:
@@ -75,7 +75,7 @@ def ray_head() -> Iterator[RayHead]:
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(20)
+            process.wait(8)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)

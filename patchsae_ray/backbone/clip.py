@@ -32,10 +32,14 @@ class Backbone(nn.Module):
 
     num_prompt_tokens = 0
     """Learned prompt tokens at the end of the sequence; an adapted backbone has some."""
+    visual: Any
+    """open_clip's VisionTransformer; its parts are its own, not typed by torch."""
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, visual: nn.Module, config: BackboneConfig, block_layer: int = DEFAULT_BLOCK_LAYER) -> None:
         super().__init__()
-        self.visual: Any = visual.eval().requires_grad_(False)
+        self.visual = visual.eval().requires_grad_(False)
         self.config = config
         self.hook_block = resolve_block(block_layer, len(self.visual.transformer.resblocks))
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
@@ -52,7 +56,7 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.visual.conv1.weight.dtype  # type: ignore[no-any-return]
+        return self.visual.conv1.weight.dtype
 
     def cast(self, dtype: torch.dtype) -> "Backbone":
         """Run the tower in this dtype; pixels are still normalised in float32."""
@@ -75,7 +79,7 @@ class Backbone(nn.Module):
         x = self.visual._embeds(self._normalise(pixels))
         for block in self.visual.transformer.resblocks[: self.hook_block + 1]:
             x = block(x)
-        return x  # type: ignore[no-any-return]
+        return x
 
     @torch.inference_mode()
     def from_hook(self, residual: Tensor) -> Tensor:
@@ -104,7 +108,7 @@ def _cls_row(block: Any, x: Tensor) -> Tensor:
     """What the block gives for token 0, [n, 1, d]: keys and values of all tokens, everything else for one."""
     normed = block.ln_1(x)
     row = x[:, :1] + block.ls_1(block.attention(normed[:, :1], normed, normed))
-    return row + block.ls_2(block.mlp(block.ln_2(row)))  # type: ignore[no-any-return]
+    return row + block.ls_2(block.mlp(block.ln_2(row)))
 
 
 def resolve_block(block_layer: int, num_blocks: int) -> int:

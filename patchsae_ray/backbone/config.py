@@ -36,7 +36,9 @@ class BackboneConfig:
         size = self.model["vision_cfg"].get("image_size", 224)
         if isinstance(size, (list, tuple)):
             if size[0] != size[1]:
-                raise UserError(f"--backbone {self.name}: images of {size[0]}x{size[1]} are not square; a square size is needed")
+                raise UserError(
+                    f"--backbone {self.name}: images of {size[0]}x{size[1]} are not square; a square size is needed"
+                )
             return int(size[0])
         return int(size)
 

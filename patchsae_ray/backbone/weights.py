@@ -8,6 +8,7 @@ import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -161,11 +162,8 @@ def from_hugging_face(state_dict: StateDict) -> StateDict:
 def state_digest(state_dict: StateDict) -> str:
     """One digest for the same tensors, whatever file form they came in."""
 
-    def parts() -> "list[bytes | str]":
-        found: list[bytes | str] = []
-        for name in sorted(state_dict):
-            value = state_dict[name].detach().cpu().contiguous()
-            found += [name, str(value.dtype), str(tuple(value.shape)), value.view(-1).view(torch.uint8).numpy().data]
-        return found
-
-    return storage.digest(parts())
+    parts: list[Any] = []
+    for name in sorted(state_dict):
+        value = state_dict[name].detach().cpu().contiguous()
+        parts += [name, str(value.dtype), str(tuple(value.shape)), value.view(-1).view(torch.uint8).numpy()]
+    return storage.digest(parts)

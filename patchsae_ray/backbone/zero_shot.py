@@ -10,15 +10,16 @@ from torch.nn.functional import normalize
 
 from patchsae_ray.backbone.config import BackboneConfig
 
-OPENAI_IMAGENET_TEMPLATES: tuple[str, ...] = tuple(
-    template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES
-)
+OPENAI_IMAGENET_TEMPLATES: tuple[str, ...] = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
 """OpenAI's 80 ImageNet templates, with {} where the class name goes."""
 
 
 @torch.inference_mode()
 def text_embeddings(
-    clip: nn.Module, config: BackboneConfig, classnames: Sequence[str], templates: Sequence[str] = OPENAI_IMAGENET_TEMPLATES
+    clip: nn.Module,
+    config: BackboneConfig,
+    classnames: Sequence[str],
+    templates: Sequence[str] = OPENAI_IMAGENET_TEMPLATES,
 ) -> Tensor:
     """The classifier's rows [c, e]: per class the mean over templates of unit text embeddings.
 

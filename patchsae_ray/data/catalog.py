@@ -12,9 +12,7 @@ from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.sources import build_manifest
 from patchsae_ray.errors import UserError, nearest
 
-_KEYS = frozenset(
-    {"source", "splits", "split", "image", "label", "classnames", "backbone", "train_defaults", "licence", "url"}
-)
+_KEYS = frozenset({"source", "splits", "split", "image", "label", "classnames", "backbone", "train_defaults", "licence", "url"})
 
 
 @dataclass(frozen=True)

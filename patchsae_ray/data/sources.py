@@ -10,7 +10,17 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from patchsae_ray import storage
-from patchsae_ray.data.manifest import NO_LABEL, UNIT_SIZE, Format, Manifest, Reading, Segment, Unit, cut_units, manifest_digest
+from patchsae_ray.data.manifest import (
+    NO_LABEL,
+    UNIT_SIZE,
+    Format,
+    Manifest,
+    Reading,
+    Segment,
+    Unit,
+    cut_units,
+    manifest_digest,
+)
 from patchsae_ray.errors import UserError, first_line, nearest
 
 IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -19,9 +29,7 @@ Files = list[tuple[str, int]]
 """(path under the root, bytes), sorted."""
 
 
-def build_manifest(
-    uri: str, split: str | None = None, image_column: str = "image", label_column: str = "label"
-) -> Manifest:
+def build_manifest(uri: str, split: str | None = None, image_column: str = "image", label_column: str = "label") -> Manifest:
     """The manifest of a folder, a glob, or a single Parquet or tar file.
 
     Args:
@@ -236,9 +244,10 @@ def member_key(name: str) -> tuple[str, str]:
 
 def _tar_classnames(root: str, files: Files) -> tuple[str, ...]:
     """classnames.txt beside the tars or one folder up, one name a line."""
-    for uri in (storage.join(root, "classnames.txt"), storage.join(posixpath.dirname(root.rstrip("/")) or ".", "classnames.txt")):
+    for uri in (
+        storage.join(root, "classnames.txt"),
+        storage.join(posixpath.dirname(root.rstrip("/")) or ".", "classnames.txt"),
+    ):
         if storage.exists(uri):
             return tuple(line.strip() for line in storage.read_text(uri).splitlines() if line.strip())
     return ()
-
-

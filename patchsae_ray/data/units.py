@@ -61,7 +61,9 @@ def decode_unit(unit: Unit, reading: Reading, size: int) -> DecodedUnit:
         mark = time.perf_counter()
         seconds["decode"] += mark - opened
     if position - unit.start != unit.count:
-        raise UserError(f"{unit.segments[0].uri} changed while it was read: {position - unit.start} images, expected {unit.count}")
+        raise UserError(
+            f"{unit.segments[0].uri} changed while it was read: {position - unit.start} images, expected {unit.count}"
+        )
     block = np.stack(pixels) if pixels else np.zeros((0, size, size, 3), dtype=np.uint8)
     return DecodedUnit(block, np.array(positions, np.int64), np.array(labels, np.int64), bad, seconds)
 
@@ -101,7 +103,8 @@ def _read_parquet(segment: Segment, reading: Reading) -> Iterator[Raw]:
 
 def _row_groups(file: "pq.ParquetFile", segment: Segment) -> tuple[list[int], int]:
     """The row groups that hold a segment, and how many of their rows come before it."""
-    groups, row, skip = [], 0, 0
+    groups: list[int] = []
+    row, skip = 0, 0
     for index in range(file.num_row_groups):
         rows = file.metadata.row_group(index).num_rows
         if row < segment.first + segment.count and row + rows > segment.first:

@@ -148,8 +148,7 @@ def build_captions(tokenizer: open_clip.SimpleTokenizer) -> Captions:
 def sample_caption(captions: Captions, label: int) -> list[int]:
     """Return the padded rows of one random caption of a class, some template words unseen."""
     before, after = (
-        [UNSEEN if random.random() < WORD_DROP else row for row in side]
-        for side in random.choice(captions.templates)
+        [UNSEEN if random.random() < WORD_DROP else row for row in side] for side in random.choice(captions.templates)
     )
     start, end = len(captions.token_ids) - 2, len(captions.token_ids) - 1
     prefix = [UNSEEN] * random.randint(0, MAX_UNSEEN_PREFIX)
@@ -194,9 +193,7 @@ def build_optimizer(model: CLIP) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
 
 
-def train_step(
-    model: CLIP, optimizer: torch.optim.Optimizer, pixels: Tensor, texts: Tensor, labels: Tensor
-) -> float:
+def train_step(model: CLIP, optimizer: torch.optim.Optimizer, pixels: Tensor, texts: Tensor, labels: Tensor) -> float:
     """Take one optimiser step and return the loss."""
     with torch.autocast("cpu", torch.bfloat16):
         image_features, text_features, scale = model(normalised(shifted(pixels)), texts)
@@ -258,18 +255,14 @@ def zero_shot_head(model: CLIP, prompts: Sequence[str]) -> Tensor:
 @torch.no_grad()
 def image_features(model: CLIP, pixels: Tensor) -> Tensor:
     """Return the unit image embeddings of (n, h, w) uint8 pixels."""
-    return torch.cat(
-        [model.encode_image(normalised(part), normalize=True) for part in pixels.split(EVAL_BATCH)]
-    )
+    return torch.cat([model.encode_image(normalised(part), normalize=True) for part in pixels.split(EVAL_BATCH)])
 
 
 def accuracies(model: CLIP, features: Tensor, labels: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
     """Return the zero-shot accuracy of a head, over all images and for each class."""
     scores = model.logit_scale.exp() * features @ zero_shot_head(model, prompts).T
     correct = (scores.argmax(dim=1) == labels).float()
-    per_class = {
-        name: round(correct[labels == label].mean().item(), 4) for label, name in enumerate(CLASS_NAMES)
-    }
+    per_class = {name: round(correct[labels == label].mean().item(), 4) for label, name in enumerate(CLASS_NAMES)}
     return {"accuracy": round(correct.mean().item(), 4), "per_class": per_class}
 
 

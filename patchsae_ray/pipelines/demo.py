@@ -9,7 +9,14 @@ from patchsae_ray import storage
 from patchsae_ray.pipelines.extract import COUNTS_FILE, FIGURE_FILE, class_latents, extract, feature_folder
 from patchsae_ray.pipelines.steer import CURVE_FILE, steer
 from patchsae_ray.pipelines.train import train
-from patchsae_ray.settings import ClassLatentsSettings, DemoSettings, ExtractSettings, SteerSettings, TrainSettings, parse
+from patchsae_ray.settings import (
+    ClassLatentsSettings,
+    DemoSettings,
+    ExtractSettings,
+    SteerSettings,
+    TrainSettings,
+    parse,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +45,12 @@ def demo(settings: DemoSettings) -> str:
     steer_flags += ["--split", "test", "--rank_by", "class,random"]
     curves = steer(parse(SteerSettings, _command("steer", [*look, *steer_flags])))
     text = report(trained, extracted, curves, features, storage.join(root, "eval_outputs", "base", "demo"))
-    log.info("%s\n\n%.0f s in all. MLflow: mlflow ui --backend-store-uri sqlite:///%s/mlflow.db", text, time.perf_counter() - started, root)
+    log.info(
+        "%s\n\n%.0f s in all. MLflow: mlflow ui --backend-store-uri sqlite:///%s/mlflow.db",
+        text,
+        time.perf_counter() - started,
+        root,
+    )
     return text
 
 
@@ -60,7 +72,7 @@ def report(
         f"  zero-shot accuracy with its reconstruction{whole:6.2f} %",
         f"  explained variance                        {100 * extracted['quality_explained_variance']:6.2f} %",
         f"  active latents a token (L0)               {extracted['quality_l0']:6.1f} of {extracted['latents']:,.0f}",
-        f"  latents never active on these images      {extracted['dead_latents']:6,.0f} ({100 * extracted['dead_share']:.1f} %)",
+        f"  latents never active on these images      {extracted['dead_latents']:6,.0f} of {extracted['latents']:,.0f}",
         "",
         "Masking curve: zero-shot accuracy in %, by how many latents are kept (on) or removed (off)",
         "           ranked for the class     the same number at random",

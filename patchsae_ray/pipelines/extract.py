@@ -12,18 +12,17 @@ import torch
 from patchsae_ray import figures, storage
 from patchsae_ray.data.catalog import open_dataset
 from patchsae_ray.data.manifest import Manifest
-from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.errors import UserError
-from patchsae_ray.measure.arrays import Arrays, prefixed, without_prefix
+from patchsae_ray.measure.arrays import without_prefix
 from patchsae_ray.measure.latents import LatentResult, LatentStatistics
 from patchsae_ray.measure.quality import QualityResult, ReconstructionQuality
 from patchsae_ray.pipelines import cluster
-from patchsae_ray.pipelines.model import LoadedModel, PortableModel, load_model
+from patchsae_ray.pipelines.extract_worker import ExtractTask
+from patchsae_ray.pipelines.model import LoadedModel, load_model
 from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished, run_key
 from patchsae_ray.pipelines.tables import errors_parquet, npy_bytes
-from patchsae_ray.pipelines.units import Pass, StageTimer, stream_partials
-from patchsae_ray.sae.ops import active_latents, reduce_latents, sparse_decode
-from patchsae_ray.settings import ClassLatentsSettings, ExtractSettings, Tokens, as_dict
+from patchsae_ray.pipelines.units import Pass, stream_partials
+from patchsae_ray.settings import ClassLatentsSettings, ExtractSettings, as_dict
 from patchsae_ray.tracking import tracked
 
 log = logging.getLogger(__name__)
@@ -31,63 +30,6 @@ log = logging.getLogger(__name__)
 COUNTS_FILE = "cls_sae_cnt.npy"
 ERRORS_FILE = "errors.parquet"
 FIGURE_FILE = "top_images.png"
-
-
-@dataclass(frozen=True)
-class ExtractTask:
-    """What the actors of a pass over latents do."""
-
-    model: PortableModel
-    tokens: Tokens
-    threshold: float
-    batch_size: int
-    top_k: int
-    quality_positions: np.ndarray
-    """Sorted positions of the images on which reconstruction is measured."""
-
-    def start(self, device: str) -> "ExtractWorker":
-        return ExtractWorker(self, device)
-
-
-class ExtractWorker:
-    """The model on its device, turning units into statistics."""
-
-    def __init__(self, task: ExtractTask, device: str) -> None:
-        self._task, self._device = task, device
-        self._backbone = task.model.build_backbone(device)
-        self._sae = task.model.build_sae(device)
-        self._tokens = self._backbone.token_slice(task.tokens)
-
-    @torch.inference_mode()
-    def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> Arrays:
-        """A unit's statistics and quality sums, as arrays."""
-        statistics = LatentStatistics(self._sae.d_sae, self._task.top_k, self._device)
-        quality = ReconstructionQuality(self._sae.d_in)
-        timer = StageTimer(self._device)
-        for start in range(0, len(unit.positions), self._task.batch_size):
-            rows = slice(start, start + self._task.batch_size)
-            pixels = torch.from_numpy(np.array(unit.pixels[rows])).to(self._device)
-            timer.mark("copy")
-            x = self._backbone.to_hook(pixels)[:, self._tokens]
-            timer.mark("to_hook")
-            reduced = reduce_latents(self._sae, x, self._task.threshold)
-            timer.mark("encode")
-            positions = torch.from_numpy(np.array(unit.positions[rows]))
-            statistics.update(reduced, positions, torch.from_numpy(np.array(unit.labels[rows])))
-            timer.mark("reduce")
-            self._measure(quality, x, unit.positions[rows])
-            timer.mark("quality")
-            report(min(rows.stop, len(unit.positions)))
-        unit.seconds.update(timer.seconds)
-        return {**prefixed("latents", statistics.to_arrays()), **prefixed("quality", quality.to_arrays())}
-
-    def _measure(self, quality: ReconstructionQuality, x: torch.Tensor, positions: np.ndarray) -> None:
-        chosen = np.flatnonzero(np.isin(positions, self._task.quality_positions))
-        if len(chosen):
-            sample = x[torch.from_numpy(chosen).to(x.device)]
-            active = active_latents(self._sae, sample)
-            tokens = sample.flatten(0, 1).to(torch.float32)
-            quality.update(tokens, sparse_decode(self._sae, active), active.value, len(chosen))
 
 
 @dataclass(frozen=True)
@@ -118,7 +60,13 @@ def counts_identity(settings: ClassLatentsSettings, model: LoadedModel, manifest
 
 
 def run_pass(
-    what: str, settings: ClassLatentsSettings, model: LoadedModel, manifest: Manifest, top_k: int, quality_images: int, seed: int
+    what: str,
+    settings: ClassLatentsSettings,
+    model: LoadedModel,
+    manifest: Manifest,
+    top_k: int,
+    quality_images: int,
+    seed: int,
 ) -> LatentPass:
     """One pass over the images on Ray.
 
@@ -127,7 +75,14 @@ def run_pass(
     cluster.connect(settings.ray_address)
     plan = cluster.make_plan(settings.device)
     precision = cluster.resolve_precision(settings.precision, plan.device)
-    log.info("%s: %s images in %d units, %s, %s", what, f"{manifest.num_images:,}", len(manifest.units), precision, plan.describe())
+    log.info(
+        "%s: %s images in %d units, %s, %s",
+        what,
+        f"{manifest.num_images:,}",
+        len(manifest.units),
+        precision,
+        plan.describe(),
+    )
     sample = sample_positions(manifest.num_images, quality_images, seed)
     task = ExtractTask(model.portable(precision), settings.tokens, settings.threshold, settings.batch_size, top_k, sample)
     sae = model.autoencoder
@@ -189,7 +144,10 @@ def class_latents(settings: ClassLatentsSettings) -> dict[str, float]:
 
     def run() -> tuple[LatentPass, dict[str, bytes]]:
         found = run_pass("class_latents", settings, model, manifest, top_k=1, quality_images=0, seed=0)
-        return found, {COUNTS_FILE: npy_bytes(found.latents.class_counts), ERRORS_FILE: errors_parquet(found.record.bad)}
+        return found, {
+            COUNTS_FILE: npy_bytes(found.latents.class_counts),
+            ERRORS_FILE: errors_parquet(found.record.bad),
+        }
 
     return _run_tracked(settings, manifest, folders, run)
 
@@ -283,10 +241,9 @@ def pass_record(
         "device": found.plan.device,
         "plan": found.plan.describe(),
         "source": manifest.source,
-        "num_images": manifest.num_images,
         "num_units": len(manifest.units),
         "ignored_files": manifest.ignored_files,
-        "seconds": {stage: round(value, 3) for stage, value in found.record.seconds.items()},
+        **found.record.record(),
         "metrics": metrics,
         "mlflow_run": mlflow_run,
     }

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from patchsae_ray.backbone.clip import DEFAULT_BLOCK_LAYER, Backbone, build_clip, build_vision, resolve_block, vision_state
+from patchsae_ray.backbone.clip import (
+    DEFAULT_BLOCK_LAYER,
+    Backbone,
+    build_clip,
+    build_vision,
+    resolve_block,
+    vision_state,
+)
 from patchsae_ray.backbone.config import BackboneConfig, resolve, strip_openai
 from patchsae_ray.backbone.weights import StateDict, state_digest
 from patchsae_ray.backbone.zero_shot import text_embeddings
@@ -77,11 +84,12 @@ class LoadedModel:
 
     def identity(self, precision: str) -> dict[str, Any]:
         """What a result depends on, of the model."""
+        size, mean, std = self.config.image_size, self.config.mean, self.config.std
         found = {
             "clip": self.clip_digest,
             "quick_gelu": bool(self.config.model.get("quick_gelu", False)),
             "block_layer": self.block_layer,
-            "preprocessing": f"shortest-bicubic-floor-crop-{self.config.image_size} mean{self.config.mean} std{self.config.std}",
+            "preprocessing": f"shortest-bicubic-floor-crop-{size} mean{mean} std{std}",
             "precision": precision,
             "vit_type": "base",
         }

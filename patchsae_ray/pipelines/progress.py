@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from types import TracebackType
+from typing import Any
 
 import ray
 
@@ -14,7 +15,6 @@ LINE_SECONDS = 10.0
 REPORT_SECONDS = 1.0
 
 
-@ray.remote(num_cpus=0)
 class Meter:
     """Images done in each unit, reported from inside the units, so that slow units show progress too."""
 
@@ -32,7 +32,7 @@ class Meter:
 class Reporter:
     """An actor's side of the meter: at most one report a second, and one at the end of each unit."""
 
-    def __init__(self, meter: "ray.actor.ActorHandle[Meter]") -> None:
+    def __init__(self, meter: Any) -> None:
         self._meter = meter
         self._last = 0.0
 
@@ -52,7 +52,7 @@ class ProgressLines:
     """
 
     def __init__(self, what: str, total: int) -> None:
-        self.meter = Meter.remote()
+        self.meter: Any = ray.remote(num_cpus=0)(Meter).remote()
         self._what, self._total = what, total
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -61,9 +61,7 @@ class ProgressLines:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
         ray.kill(self.meter)

@@ -1,34 +1,25 @@
-"""Zero-shot classification with only the k first latents, and without them, for every k in one pass.
-
-One tower, one encode and one sparse decode an image: decoding is linear, so the running sum over the ranking gives every
-k at once, and only the CLS row of the tail's last block is computed.
-"""
+"""Zero-shot classification with only the k first latents, and without them, for every k in one pass."""
 
 import io
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from patchsae_ray import figures, storage
-from patchsae_ray.backbone.zero_shot import OPENAI_IMAGENET_TEMPLATES, logits
+from patchsae_ray.backbone.zero_shot import OPENAI_IMAGENET_TEMPLATES
 from patchsae_ray.data.catalog import open_dataset
 from patchsae_ray.data.manifest import Manifest
-from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.errors import UserError, nearest
-from patchsae_ray.measure.arrays import Arrays, prefixed, without_prefix
+from patchsae_ray.measure.arrays import without_prefix
 from patchsae_ray.measure.masking import MaskingAccuracy, settings_of
 from patchsae_ray.pipelines import cluster
-from patchsae_ray.pipelines.model import LoadedModel, PortableModel, load_model
+from patchsae_ray.pipelines.model import LoadedModel, load_model
 from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished, record_of_file, run_key
+from patchsae_ray.pipelines.steer_worker import SteerTask
 from patchsae_ray.pipelines.tables import errors_parquet
-from patchsae_ray.pipelines.units import Pass, StageTimer, stream_partials
-from patchsae_ray.sae.ops import active_latents, masked_reconstructions
+from patchsae_ray.pipelines.units import Pass, stream_partials
 from patchsae_ray.settings import SteerSettings, as_dict
 from patchsae_ray.tracking import tracked
 
@@ -106,92 +97,6 @@ def _check_made_for(path: str, made: dict[str, Any], model: LoadedModel, manifes
 
 
 @dataclass(frozen=True)
-class SteerTask:
-    """What the actors of a steering run do."""
-
-    model: PortableModel
-    classifier: np.ndarray
-    """[c, e] float32."""
-    counts: np.ndarray
-    """[s, c]."""
-    ks: tuple[int, ...]
-    rankings: tuple[str, ...]
-    output_offset: float
-    seed: int
-    batch_size: int
-
-    def start(self, device: str) -> "SteerWorker":
-        return SteerWorker(self, device)
-
-
-class SteerWorker:
-    """The model on its device, turning units into counts of right predictions."""
-
-    def __init__(self, task: SteerTask, device: str) -> None:
-        self._task, self._device = task, device
-        self._backbone = task.model.build_backbone(device)
-        self._sae = task.model.build_sae(device)
-        self._classifier = torch.from_numpy(np.array(task.classifier)).to(device)
-        self._ks = torch.tensor(task.ks, device=device)
-        self._ranks = lru_cache(maxsize=64)(self._make_ranks)
-
-    def _make_ranks(self, ranking: str, label: int) -> Tensor:
-        """[s] int64: place of each latent. Equal counts: the lower latent first."""
-        if ranking == "random":
-            order = np.random.default_rng(self._task.seed).permutation(self._sae.d_sae)
-        else:
-            order = np.argsort(-self._task.counts[:, label].astype(np.float64), kind="stable")
-        ranks = np.empty_like(order)
-        ranks[order] = np.arange(len(order))
-        return torch.from_numpy(ranks).to(self._device)
-
-    @torch.inference_mode()
-    def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> Arrays:
-        """A unit's right predictions for every ranking and setting."""
-        num_settings, num_classes = 1 + 2 * len(self._ks), len(self._classifier)
-        accuracy = {ranking: MaskingAccuracy(num_settings, num_classes) for ranking in self._task.rankings}
-        timer = StageTimer(self._device)
-        for start in range(0, len(unit.positions), self._task.batch_size):
-            rows = slice(start, start + self._task.batch_size)
-            pixels = torch.from_numpy(np.array(unit.pixels[rows])).to(self._device)
-            timer.mark("copy")
-            residual = self._backbone.to_hook(pixels)
-            unmasked = self._predict(residual)
-            timer.mark("to_hook")
-            for index, label in enumerate(unit.labels[rows].tolist()):
-                if label >= 0:
-                    self._steer_image(residual[index], int(unmasked[index]), label, accuracy, timer)
-                report(start + index + 1)
-        unit.seconds.update(timer.seconds)
-        arrays: Arrays = {}
-        for ranking, counts in accuracy.items():
-            arrays.update(prefixed(ranking, counts.to_arrays()))
-        return arrays
-
-    def _steer_image(
-        self, residual: Tensor, unmasked: int, label: int, accuracy: dict[str, MaskingAccuracy], timer: StageTimer
-    ) -> None:
-        active = active_latents(self._sae, residual[None])
-        timer.mark("encode")
-        for ranking, counts in accuracy.items():
-            ranks = self._ranks(ranking, -1 if ranking == "random" else label)
-            on, off = masked_reconstructions(self._sae, active, ranks, self._ks)
-            variants = torch.stack([on, off], dim=1).flatten(0, 1) + self._task.output_offset
-            timer.mark("decode_latents")
-            predicted = self._predict(variants).cpu().numpy()
-            counts.update(np.concatenate([[unmasked], predicted]), label)
-            timer.mark("from_hook")
-
-    def _predict(self, residual: Tensor) -> Tensor:
-        """[n] predicted classes of residuals [n, t, d], some at a time so that memory stays bounded."""
-        found = [
-            logits(self._backbone.from_hook(part), self._classifier, 0.0).argmax(dim=-1)
-            for part in residual.split(max(1, self._task.batch_size))
-        ]
-        return torch.cat(found)
-
-
-@dataclass(frozen=True)
 class Inputs:
     """What a steering run is about, read and checked."""
 
@@ -253,7 +158,14 @@ def run_steering(settings: SteerSettings, inputs: Inputs) -> tuple[dict[str, Mas
     plan = cluster.make_plan(settings.device)
     precision = cluster.resolve_precision(settings.precision, plan.device)
     manifest = inputs.manifest
-    log.info("steer: %s images, %d values of k, ranked by %s, %s, %s", f"{manifest.num_images:,}", len(inputs.ks), ", ".join(inputs.rankings), precision, plan.describe())
+    log.info(
+        "steer: %s images, %d values of k, ranked by %s, %s, %s",
+        f"{manifest.num_images:,}",
+        len(inputs.ks),
+        ", ".join(inputs.rankings),
+        precision,
+        plan.describe(),
+    )
     task = SteerTask(
         inputs.model.portable(precision), classifier, inputs.counts, tuple(inputs.ks), tuple(inputs.rankings),
         settings.output_offset, settings.seed, settings.batch_size,
@@ -279,7 +191,7 @@ def _identity(settings: SteerSettings, inputs: Inputs, precision: str) -> dict[s
         "manifest": inputs.manifest.digest,
         "classnames": list(inputs.manifest.classnames),
         "templates": storage.digest(OPENAI_IMAGENET_TEMPLATES),
-        "counts": storage.digest([np.ascontiguousarray(inputs.counts, dtype=np.float64).data]),
+        "counts": storage.digest([np.ascontiguousarray(inputs.counts, dtype=np.float64)]),
         "topk": inputs.ks,
         "rank_by": inputs.rankings,
         "output_offset": settings.output_offset,
@@ -313,11 +225,8 @@ def _record(settings: SteerSettings, inputs: Inputs, kept: Pass, plan: cluster.P
         "device": plan.device,
         "plan": plan.describe(),
         "source": inputs.manifest.source,
-        "num_images": inputs.manifest.num_images,
-        "bad_images": len(kept.bad),
         "counts_run_key": counts_from["run_key"] if counts_from else None,
-        "seconds": {stage: round(value, 3) for stage, value in kept.seconds.items()},
-        "wall_seconds": kept.wall_seconds(),
+        **kept.record(),
         "mlflow_run": mlflow_run,
     }
 
@@ -337,5 +246,9 @@ def _interleaved(curve: dict[str, list[float]]) -> list[float]:
 
 def _log_summary(curves: dict[str, Any], kept: Pass, uri: str) -> None:
     rankings = [name for name in RANKINGS if name in curves]
-    log.info("steer: zero-shot accuracy without the SAE %.2f %%, with its whole reconstruction %.2f %%", curves["no_sae"], curves[rankings[0]]["on"][-1])
+    log.info(
+        "steer: zero-shot accuracy without the SAE %.2f %%, with its whole reconstruction %.2f %%",
+        curves["no_sae"],
+        curves[rankings[0]]["on"][-1],
+    )
     log.info("steer: %s images in %.1f s; results in %s", f"{kept.num_images:,}", kept.wall_seconds(), uri)

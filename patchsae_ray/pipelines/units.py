@@ -6,6 +6,8 @@ A unit is one row whose pixels are one tensor cell; a partial is one block of by
 import json
 import logging
 import os
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,8 +52,10 @@ class Partial:
 
     arrays: Arrays
     bad: BadRows
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float]
     """Stage times of this unit."""
+    peak_bytes: int
+    """Peak resident memory of the actor so far."""
 
 
 class StageTimer:
@@ -94,15 +98,22 @@ class _Actor:
         return {"partial": [_pack(arrays, unit)]}
 
 
+def peak_bytes() -> int:
+    """Peak resident memory of this process, in bytes (getrusage counts kilobytes on Linux, bytes on macOS)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def _pack(arrays: Arrays, unit: DecodedUnit) -> bytes:
-    header = json.dumps({"bad": unit.bad, "seconds": unit.seconds}).encode()
+    header = json.dumps({"bad": unit.bad, "seconds": unit.seconds, "peak_bytes": peak_bytes()}).encode()
     return to_bytes({**arrays, "header": np.frombuffer(header, dtype=np.uint8)})
 
 
 def _unpack(data: bytes) -> Partial:
     arrays = from_bytes(data)
     header = json.loads(arrays.pop("header").tobytes())
-    return Partial(arrays, [(int(position), str(path), str(reason)) for position, path, reason in header["bad"]], header["seconds"])
+    bad = [(int(position), str(path), str(reason)) for position, path, reason in header["bad"]]
+    return Partial(arrays, bad, header["seconds"], header["peak_bytes"])
 
 
 class DecodeRow:
@@ -164,6 +175,7 @@ class Pass:
     max_bad_fraction: float
     num_images: int
     bad: BadRows = field(default_factory=list)
+    actor_peak_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
@@ -173,6 +185,7 @@ class Pass:
         Raises: UserError once more images are unreadable than the settings allow.
         """
         self.bad.extend(partial.bad)
+        self.actor_peak_bytes = max(self.actor_peak_bytes, partial.peak_bytes)
         for stage, seconds in partial.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         self.check()
@@ -185,6 +198,16 @@ class Pass:
                 f"{len(self.bad)} of {self.num_images} images cannot be read, the first {path} ({reason}); "
                 f"--max_bad_fraction {self.max_bad_fraction:g} allows {int(self.max_bad_fraction * self.num_images)}"
             )
+
+    def record(self) -> dict[str, Any]:
+        """What run.json says of any pass."""
+        return {
+            "num_images": self.num_images,
+            "bad_images": len(self.bad),
+            "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
+            "wall_seconds": round(self.wall_seconds(), 3),
+            "peak_memory_bytes": {"actor": self.actor_peak_bytes, "driver": peak_bytes()},
+        }
 
     def wall_seconds(self) -> float:
         return time.perf_counter() - self.started

@@ -44,9 +44,7 @@ class LossTerms:
         return self.mse + self.l1 + self.ghost
 
 
-def loss_terms(
-    sae: SparseAutoencoder, x: Tensor, objective: Objective, dead: Tensor, has_cls: bool = True
-) -> LossTerms:
+def loss_terms(sae: SparseAutoencoder, x: Tensor, objective: Objective, dead: Tensor, has_cls: bool = True) -> LossTerms:
     """The objective on one batch.
 
     Args:
@@ -83,9 +81,7 @@ def normalised_mse(reconstruction: Tensor, x: Tensor) -> Tensor:
     return (reconstruction - x) ** 2 / x.norm(dim=-1, keepdim=True)
 
 
-def ghost_term(
-    sae: SparseAutoencoder, pre: Tensor, x: Tensor, reconstruction: Tensor, mse: Tensor, dead: Tensor
-) -> Tensor:
+def ghost_term(sae: SparseAutoencoder, pre: Tensor, x: Tensor, reconstruction: Tensor, mse: Tensor, dead: Tensor) -> Tensor:
     """Mean of the ghost reconstruction's error of the residual, scaled to the size of the mse.
 
     r = x - x'; g = exp(pre) W_dec over dead latents, scaled to half of r's length; error (g - r)^2 / |r|, times

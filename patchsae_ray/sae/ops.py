@@ -105,9 +105,7 @@ def masked_reconstructions(sae: SparseAutoencoder, active: ActiveLatents, ranks:
     return on + bias, (full - on) + bias
 
 
-def masked_reconstructions_plain(
-    sae: SparseAutoencoder, x: Tensor, ranks: Tensor, ks: Tensor
-) -> tuple[Tensor, Tensor]:
+def masked_reconstructions_plain(sae: SparseAutoencoder, x: Tensor, ranks: Tensor, ks: Tensor) -> tuple[Tensor, Tensor]:
     """The definition that `masked_reconstructions` is held to: x [t, d], dense encode, mask, dense decode for each k."""
     z = sae.encode(x)
     on = torch.stack([sae.decode(z * (ranks < k)) for k in ks])

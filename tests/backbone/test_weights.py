@@ -133,7 +133,9 @@ def test_the_weights_say_which_gelu(tmp_path: Path, weights: StateDict, hugging_
 
 def test_a_tag_is_read_by_the_same_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with torch.device("meta"):
-        shapes = {name: value.shape for name, value in open_clip.CLIP(**open_clip.get_model_config("ViT-B-16")).state_dict().items()}
+        shapes = {
+            name: value.shape for name, value in open_clip.CLIP(**open_clip.get_model_config("ViT-B-16")).state_dict().items()
+        }
     archive = tmp_path / "ViT-B-16.safetensors"
     save_file({name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}, archive)
     monkeypatch.setattr(open_clip, "download_pretrained", lambda tag: str(archive))
@@ -144,7 +146,9 @@ def test_a_tag_is_read_by_the_same_code(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert weights.source == "ViT-B-16:openai"
 
 
-@pytest.mark.parametrize("name", ["clip-vit-base-patch16", "openai/clip-vit-base-patch16", "openai/openai/clip-vit-base-patch16"])
+@pytest.mark.parametrize(
+    "name", ["clip-vit-base-patch16", "openai/clip-vit-base-patch16", "openai/openai/clip-vit-base-patch16"]
+)
 def test_openai_prefix(name: str) -> None:
     assert strip_openai(name) == "clip-vit-base-patch16"
 
@@ -190,6 +194,11 @@ def test_damaged_and_foreign_files(tmp_path: Path, weights: StateDict, hugging_f
     other = tmp_path / "other.pt"
     torch.save({"fc.weight": torch.zeros(2, 2)}, other)
     (hugging_face / "config.json").write_text(json.dumps({"model_type": "siglip"}))
-    for path, message in [(cut, "not a whole safetensors"), (evil, "tensors alone"), (other, "no CLIP vision"), (hugging_face, "expected 'clip'")]:
+    for path, message in [
+        (cut, "not a whole safetensors"),
+        (evil, "tensors alone"),
+        (other, "no CLIP vision"),
+        (hugging_face, "expected 'clip'"),
+    ]:
         with pytest.raises(UserError, match=message):
             read_weights(str(path))

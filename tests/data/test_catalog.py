@@ -59,11 +59,15 @@ def test_class_lists(tmp_path: Path) -> None:
     assert named.classnames == ("a", "b c", "d")
     (tmp_path / "two.txt").write_text("a\nb\n")
     (tmp_path / "bad.json").write_text('{"a": 1}')
-    for name, message in {"two.txt": "has 2 names, .* has 3 classes", "bad.json": "expected a list", "none.txt": "no such file"}.items():
+    for name, message in {
+        "two.txt": "has 2 names, .* has 3 classes",
+        "bad.json": "expected a list",
+        "none.txt": "no such file",
+    }.items():
         with pytest.raises(UserError, match=message):
             open_dataset("any", str(tmp_path / "images"), None, str(tmp_path / name))
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(UserError, match="--dataset_name imagnet: not in configs/datasets .*did you mean 'imagenet'"):
+    with pytest.raises(UserError, match=r"--dataset_name imagnet: not in configs/datasets .*did you mean 'imagenet'"):
         open_dataset("imagnet", None, None, None)

@@ -28,7 +28,9 @@ def test_the_crop_rounds_down(width: int, height: int) -> None:
     assert np.array_equal(decode(encoded(image), 32), np.asarray(image)[top : top + 32, left : left + 32])
 
 
-@pytest.mark.parametrize(("width", "height", "resized"), [(100, 75, (42, 32)), (75, 100, (32, 42)), (301, 100, (96, 32)), (10, 10, (32, 32))])
+@pytest.mark.parametrize(
+    ("width", "height", "resized"), [(100, 75, (42, 32)), (75, 100, (32, 42)), (301, 100, (96, 32)), (10, 10, (32, 32))]
+)
 def test_the_longer_side_is_cut_off(width: int, height: int, resized: tuple[int, int]) -> None:
     image = gradient(width, height)
     wanted = image.resize(resized, Image.Resampling.BICUBIC)
@@ -57,7 +59,11 @@ def test_an_animation_gives_its_first_frame() -> None:
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = encoded(gradient(64, 64))
-    for data, reason in [(b"", "empty file"), (b"hello world", "not an image"), (whole[: len(whole) // 2], "truncated")]:
+    for data, reason in [
+        (b"", "empty file"),
+        (b"hello world", "not an image"),
+        (whole[: len(whole) // 2], "truncated"),
+    ]:
         with pytest.raises(BadImage, match=reason):
             decode(data, 32)
     monkeypatch.setattr(images.Image, "MAX_IMAGE_PIXELS", 1000)

@@ -126,7 +126,11 @@ def test_bad_images_keep_their_positions(root: str) -> None:
     assert unit.labels.tolist() == [0, 1, 2]
     assert unit.pixels.shape == (3, 8, 8, 3)
     assert np.array_equal(unit.pixels[1], decode(picture(3), 8))
-    assert [(position, path) for position, path, _ in unit.bad] == [(1, "ant/00001.png"), (2, "bee/00002.png"), (5, "cat/00005.png")]
+    assert [(position, path) for position, path, _ in unit.bad] == [
+        (1, "ant/00001.png"),
+        (2, "bee/00002.png"),
+        (5, "cat/00005.png"),
+    ]
     assert unit.bad[1][2] == "empty file"
     assert unit.bad[2][2] == "not an image of a known format"
 

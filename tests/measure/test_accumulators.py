@@ -1,5 +1,7 @@
 """Merging: the same integers and top lists for any split and order of the images, against a plain definition."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ def gather(seed: int, n: int, s: int, parts: list[list[int]], order: list[int]) 
 def test_any_split_and_order_gives_the_same(seed: int, n: int, cuts: set[int], data: st.DataObject) -> None:
     s = 5
     edges = [0, *sorted(cut for cut in cuts if cut < n), n]
-    parts = [list(range(low, high)) for low, high in zip(edges, edges[1:], strict=False)]
+    parts = [list(range(low, high)) for low, high in pairwise(edges)]
     order = data.draw(st.permutations(range(len(parts))))
     found = gather(seed, n, s, parts, list(order)).result(3)
     means, counts, labels = images(seed, n, s)
@@ -57,7 +59,9 @@ def test_any_split_and_order_gives_the_same(seed: int, n: int, cuts: set[int], d
 
 def test_never_active_latent_is_zero_and_empty() -> None:
     statistics = LatentStatistics(3, top_k=2)
-    statistics.update(ImageLatents(torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.int32)), torch.arange(4), torch.zeros(4).long())
+    statistics.update(
+        ImageLatents(torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.int32)), torch.arange(4), torch.zeros(4).long()
+    )
     result = statistics.result(2)
     assert (result.mean_acts == 0).all()
     assert (result.top.positions == -1).all()

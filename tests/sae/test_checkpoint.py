@@ -15,7 +15,13 @@ from patchsae_ray.sae.checkpoint import load_sae, read_checkpoint, safetensors_b
 from tests.conftest import GOLDEN
 from tests.sae.test_ops import make_sae
 
-CONFIG = {"model_name": "demo", "block_layer": -2, "l1_coefficient": 8e-5, "use_ghost_grads": True, "mse_cls_coefficient": 1.0}
+CONFIG = {
+    "model_name": "demo",
+    "block_layer": -2,
+    "l1_coefficient": 8e-5,
+    "use_ghost_grads": True,
+    "mse_cls_coefficient": 1.0,
+}
 RELEASED_LOOKS_UP = {
     "d_in", "d_sae", "l1_coefficient", "dtype", "gated_sae", "use_ghost_grads", "mse_cls_coefficient", "block_layer",
     "module_name", "class_token",

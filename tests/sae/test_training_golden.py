@@ -39,9 +39,7 @@ def test_loss_terms(trained: tuple[Trainer, list[StepMetrics]]) -> None:
 
 
 @pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
-def test_change_of_parameters(
-    trained: tuple[Trainer, list[StepMetrics]], steps: dict[str, torch.Tensor], name: str
-) -> None:
+def test_change_of_parameters(trained: tuple[Trainer, list[StepMetrics]], steps: dict[str, torch.Tensor], name: str) -> None:
     before = start()
     normalise_decoder(before)
     ours = (getattr(trained[0].sae, name) - getattr(before, name)).detach()

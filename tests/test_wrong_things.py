@@ -1,0 +1,196 @@
+"""Bad input: one clear line on standard error, exit code 2, nothing written, and no Ray started."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from patchsae_ray.cli import run_job
+from patchsae_ray.sae.checkpoint import torch_bytes
+from patchsae_ray.settings import ExtractSettings, SteerSettings, TrainSettings
+from tests.conftest import GOLDEN, golden_flags
+from tests.data.makers import make_folder
+from tests.sae.test_checkpoint import Evil, tensors
+from tests.sae.test_ops import make_sae
+
+Refused = Callable[..., None]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Run a job in this process and check that it is refused with this message and leaves nothing."""
+    monkeypatch.setattr("ray.init", lambda *a, **k: pytest.fail("Ray was started"))
+    root = tmp_path / "root"
+
+    def run(job: str, flags: list[str], message: str) -> None:
+        try:
+            code = run_job(*JOBS[job], ["--root_dir", str(root), *flags])  # type: ignore[arg-type]
+        except SystemExit as ended:
+            code = int(str(ended.code))
+        error = capsys.readouterr().err
+        assert code == 2, error
+        assert message in error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1, error
+        assert not root.exists(), "nothing is written"
+
+    return run
+
+
+def _extract(settings: ExtractSettings) -> None:
+    from patchsae_ray.pipelines.extract import extract
+
+    extract(settings)
+
+
+def _steer(settings: SteerSettings) -> None:
+    from patchsae_ray.pipelines.steer import steer
+
+    steer(settings)
+
+
+def _train(settings: TrainSettings) -> None:
+    from patchsae_ray.pipelines.train import train
+
+    train(settings)
+
+
+JOBS = {"extract": (ExtractSettings, _extract), "steer": (SteerSettings, _steer), "train": (TrainSettings, _train)}
+
+
+def changed(flags: list[str], **values: str) -> list[str]:
+    """The flags with some values replaced, or added."""
+    flags = list(flags)
+    for name, value in values.items():
+        if f"--{name}" in flags:
+            flags[flags.index(f"--{name}") + 1] = value
+        else:
+            flags += [f"--{name}", value]
+    return flags
+
+
+def sae_file(path: Path, d_in: int, **config: object) -> str:
+    path.write_bytes(torch_bytes(make_sae(d_in, 24, 1), {"model_name": "tiny-clip", **config}))
+    return str(path)
+
+
+def test_inputs_that_are_not_there(refused: Refused, tmp_path: Path) -> None:
+    make_folder(str(tmp_path / "images"), 3)
+    (tmp_path / "empty").mkdir()
+    refused("extract", changed(golden_flags(), sae_path=str(tmp_path / "none.pt")), f"no such file: {tmp_path}/none.pt")
+    refused("extract", changed(golden_flags(), dataset_path=str(tmp_path / "empty")), "no images in")
+    refused("extract", changed(golden_flags(), dataset_path="/nowhere"), "no such data set: /nowhere")
+    refused("extract", changed(golden_flags(), classnames="/nowhere.json"), "no such file: /nowhere.json")
+    without_path = [flag for flag in golden_flags() if flag not in ("--dataset_path", str(GOLDEN / "images"))]
+    refused("extract", changed(without_path, dataset_name="imagnet"), "did you mean 'imagenet'")
+
+
+def test_model_that_does_not_fit(refused: Refused, tmp_path: Path) -> None:
+    narrow = sae_file(tmp_path / "narrow.pt", d_in=64)
+    refused("extract", changed(golden_flags(), sae_path=narrow), "reads residuals of width 64, --backbone")
+    deep = sae_file(tmp_path / "deep.pt", d_in=128, block_layer=-9)
+    refused("extract", changed(golden_flags(), sae_path=deep), "--block_layer -9: the model has 4 blocks")
+    refused("extract", changed(golden_flags(), block_layer="99"), "--block_layer 99: the model has 4 blocks")
+    refused("extract", changed(golden_flags(), block_layer="-1"), "was trained at block_layer -2")
+    refused("extract", changed(golden_flags(), vit_type="maple"), "--vit_type maple: not built yet")
+    refused("extract", changed(golden_flags(), model_path="x.pt"), "go with --vit_type maple")
+    nameless = sae_file(tmp_path / "nameless.pt", d_in=128, model_name=None)
+    refused("extract", ["--sae_path", nameless], "--backbone is needed")
+
+
+def test_damaged_and_hostile_checkpoints(refused: Refused, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes((GOLDEN / "sae.pt").read_bytes()[:5000])
+    refused("extract", changed(golden_flags(), sae_path=str(cut)), "not a whole torch checkpoint")
+    evil = tmp_path / "evil.pt"
+    torch.save({"cfg": Evil(), "state_dict": tensors()}, evil)
+    refused("extract", changed(golden_flags(), sae_path=str(evil)), "would run posix.system")
+
+
+def test_settings(refused: Refused, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("expansion_facter: 4\n")
+    refused("train", ["--config", str(recipe)], f"{recipe}: Option 'expansion_facter' is not accepted; did you mean 'expansion_factor'")
+    recipe.write_text("lr: fast\n")
+    refused("train", ["--config", str(recipe)], '"lr"')
+    refused("train", ["--config", str(tmp_path / "none.yaml")], "none.yaml")
+    refused("train", ["--learning_rate", "1"], "--learning_rate")
+    refused("train", ["--lr", "-1"], "--lr -1.0: at least 0 would be right")
+    refused("train", ["--batch_size", "0"], "--batch_size 0: at least 1")
+    refused("train", ["--total_training_images", "5", "--total_training_tokens", "5"], "give one of them")
+    refused("train", ["--run_name", "../x"], "--run_name")
+    refused("extract", changed(golden_flags(), max_bad_fraction="2"), "--max_bad_fraction 2.0: 0 to 1")
+    refused("extract", [], "sae_path")
+
+
+def counts_file(folder: Path, counts: np.ndarray) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "cls_sae_cnt.npy", counts)
+    return str(folder / "cls_sae_cnt.npy")
+
+
+def test_class_counts_of_another_kind(refused: Refused, tmp_path: Path) -> None:
+    whole = counts_file(tmp_path / "good", np.zeros((1024, 6), dtype=np.int64))
+    flags = [*golden_flags(), "--cls_wise_sae_activation_path"]
+    refused("steer", [*flags, counts_file(tmp_path / "width", np.zeros((512, 6)))], "has shape (512, 6); (1024, 6)")
+    refused("steer", [*flags, counts_file(tmp_path / "classes", np.zeros((1024, 7)))], "has shape (1024, 7); (1024, 6)")
+    refused("steer", [*flags, str(tmp_path / "none.npy")], "no such file")
+    cut = tmp_path / "cut.npy"
+    cut.write_bytes(Path(whole).read_bytes()[:200])
+    refused("steer", [*flags, str(cut)], "not a whole .npy")
+    refused("steer", [*flags, whole, "--topk", "0"], "--topk '0'")
+    refused("steer", [*flags, whole, "--topk", "1,2000"], "--topk 2000: the SAE has 1024 latents")
+    refused("steer", [*flags, whole, "--rank_by", "clas"], "did you mean 'class'")
+    refused("steer", [*flags, whole, "--counts_orientation", "classes_first"], "has shape (1024, 6)")
+
+
+def test_square_counts_ask_for_the_orientation(refused: Refused, tmp_path: Path) -> None:
+    small = tmp_path / "small.pt"
+    small.write_bytes(torch_bytes(make_sae(128, 6, 1), {"model_name": "tiny-clip", "block_layer": -2}))
+    flags = changed(golden_flags(), sae_path=str(small))
+    counts = counts_file(tmp_path / "square", np.zeros((6, 6)))
+    refused("steer", [*flags, "--cls_wise_sae_activation_path", counts], "--counts_orientation")
+
+
+@pytest.mark.parametrize(
+    ("made_for", "message"), [({"sae": "other"}, "another SAE"), ({"classnames": ["x"] * 6}, "another class list")]
+)
+def test_counts_of_another_run_by_the_run_file(
+    refused: Refused, tmp_path: Path, made_for: dict[str, object], message: str
+) -> None:
+    from patchsae_ray.sae.checkpoint import read_checkpoint
+
+    names = json.loads((GOLDEN / "classnames.json").read_text())
+    identity = {"sae": read_checkpoint(str(GOLDEN / "sae.pt")).digest, "classnames": names, **made_for}
+    counts = counts_file(tmp_path / "features", np.zeros((1024, 6), dtype=np.int64))
+    run_file = {
+        "format": 1,
+        "files": {"cls_sae_cnt.npy": {"key": "k", "job": "extract", "sha256": "s"}},
+        "runs": {"extract": {"run_key": "k", "identity": identity}},
+    }
+    (tmp_path / "features" / "run.json").write_text(json.dumps(run_file))
+    refused("steer", [*golden_flags(), "--cls_wise_sae_activation_path", counts], message)
+
+
+def test_labels_are_needed_where_classes_are(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    for path in sorted((GOLDEN / "images" / "0_red_circle").glob("*.png")):
+        shutil.copy(path, tmp_path / "flat" / path.name)
+    flags = [*changed(golden_flags(), dataset_path=str(tmp_path / "flat")), "--cls_wise_sae_activation_path", "x.npy"]
+    refused("steer", flags, "has no labels")
+
+
+def test_another_runs_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "out" / "feature_data" / "base" / "golden"
+    folder.mkdir(parents=True)
+    foreign = folder / "sae_sparsity.pt"
+    foreign.write_bytes(b"the released code wrote this")
+    code = run_job(*JOBS["extract"], ["--root_dir", str(tmp_path), *golden_flags()])  # type: ignore[arg-type]
+    assert code == 2
+    assert "is another run's (run.json says nothing of it); --overwrite" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["sae_sparsity.pt"]
+    assert foreign.read_bytes() == b"the released code wrote this"
