@@ -97,18 +97,31 @@ def masking_curve(ks: Sequence[int], curves: Mapping[str, Mapping[str, Any]], no
     titles = {"on": "only the k first latents kept", "off": "the k first latents removed"}
     for axis, switch in zip(axes, ("on", "off"), strict=True):
         for ranking, curve in curves.items():
-            axis.plot(ks, curve[switch], marker="o", markersize=4, label=f"ranked by {ranking}")
+            label = "in random order" if ranking == "random" else f"ranked by {ranking}"
+            axis.plot(ks, curve[switch], marker="o", markersize=4, label=label)
         axis.axhline(no_sae, color="0.35", linestyle="--", linewidth=1, label="without the SAE")
         axis.axhline(100 / num_classes, color="0.7", linestyle=":", linewidth=1, label="chance")
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set_xticks(list(ks), [str(k) for k in ks], rotation=45)
+        axis.set_xscale("log")
+        axis.set_xticks(_apart(ks), [f"{k:,}" for k in _apart(ks)])
         axis.minorticks_off()
         axis.set_title(titles[switch])
-        axis.set_xlabel("k, latents")
+        axis.set_xlabel("k, number of latents")
         axis.set_ylim(-3, 103)
     axes[0].set_ylabel("zero-shot accuracy, %")
-    axes[1].legend(frameon=False, fontsize=8)
+    axes[1].legend(frameon=False, fontsize=8, loc="center left")
     return _png(figure)
+
+
+def _apart(ks: Sequence[int]) -> list[int]:
+    """The values of k whose labels do not run into each other on a log axis; the last is always among them."""
+    gap = (ks[-1] / ks[0]) ** (1 / 16)
+    kept = [ks[0]]
+    for k in ks[1:]:
+        if k >= gap * kept[-1]:
+            kept.append(k)
+        elif k == ks[-1]:
+            kept[-1] = k
+    return kept
 
 
 def _png(figure: Figure) -> bytes:

@@ -20,6 +20,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported, which reads them once
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 
@@ -57,9 +59,11 @@ def ray_head() -> Iterator[RayHead]:
     """A head with two CPUs and token auth, in a folder of its own; ended by its process group."""
     folder = tempfile.mkdtemp(prefix="psr", dir="/tmp")  # Ray's socket paths must stay short
     gcs, dashboard, agent, agent_grpc, client = free_ports(5)
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    binaries = Path(sys.executable).parent
+    path = f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"  # so that a submitted `python` is this one
+    environment = {**os.environ, "PATH": path}
     command = [
-        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats",
+        str(binaries / "ray"), "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--temp-dir={folder}", "--include-dashboard=true",
         f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
         f"--dashboard-agent-grpc-port={agent_grpc}", f"--ray-client-server-port={client}",

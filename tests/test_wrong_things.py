@@ -114,7 +114,11 @@ def test_damaged_and_hostile_checkpoints(refused: Refused, tmp_path: Path) -> No
 def test_settings(refused: Refused, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("expansion_facter: 4\n")
-    refused("train", ["--config", str(recipe)], f"{recipe}: Option 'expansion_facter' is not accepted; did you mean 'expansion_factor'")
+    refused(
+        "train",
+        ["--config", str(recipe)],
+        f"{recipe}: Option 'expansion_facter' is not accepted; did you mean 'expansion_factor'",
+    )
     recipe.write_text("lr: fast\n")
     refused("train", ["--config", str(recipe)], '"lr"')
     refused("train", ["--config", str(tmp_path / "none.yaml")], "none.yaml")
