@@ -12,7 +12,7 @@ $(STAMP): requirements.lock pyproject.toml
 	 $$py -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=..."; exit 1; }; \
 	 test -x $(BIN)/python || $$py -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps -r requirements.lock
-	$(BIN)/pip install --quiet --no-deps --editable .
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: $(STAMP)
@@ -30,7 +30,7 @@ lint: $(STAMP)
 # The present lock keeps what need not change; delete a line of it to let that package move.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet -c requirements.lock -e '.[dev]'
+	.venv-lock/bin/pip install --quiet -c requirements.lock -e '.[dev]' hatchling editables
 	.venv-lock/bin/pip freeze --exclude-editable | sed -E '/^(nvidia|cuda|triton)/s/$$/; sys_platform == "linux"/' > requirements.new
 	mv requirements.new requirements.lock && rm -rf .venv-lock
 

@@ -8,6 +8,7 @@ import ray
 import ray.data  # configures its loggers on import, so before they are quietened
 
 from patchsae_ray.errors import UserError, first_line
+from patchsae_ray.settings import ModelSettings
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +28,25 @@ class Plan:
     decode_cpus: float
     threads: int
     """Torch threads in an actor."""
+    precision: str
+    """fp32 or bf16."""
 
     def describe(self) -> str:
         return (
-            f"{self.actors} {self.device} actor{'s' * (self.actors != 1)} with {self.actor_cpus:g} CPU and "
+            f"{self.precision}, {self.actors} {self.device} actor{'s' * (self.actors != 1)} with {self.actor_cpus:g} CPU and "
             f"{self.threads} thread{'s' * (self.threads != 1)} each, {self.decode_cpus:g} CPU a decode task"
         )
+
+
+def join(settings: ModelSettings) -> Plan:
+    """Reach the cluster that the settings mean, and plan the job on it.
+
+    Raises: UserError where no cluster answers, or it lacks the device.
+    """
+    connect(settings.ray_address)
+    plan = make_plan(settings.device, settings.precision)
+    log.info("Ray: %s", plan.describe())
+    return plan
 
 
 def connect(address: str | None) -> None:
@@ -57,11 +71,12 @@ def connect(address: str | None) -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
-def make_plan(device: str) -> Plan:
+def make_plan(device: str, precision: str = "auto") -> Plan:
     """Shares for the cluster that `connect` joined.
 
     Args:
         device: `--device`; auto takes the GPUs if there are any.
+        precision: `--precision`; auto is bf16 on a GPU and fp32 on a CPU.
 
     Raises: UserError where CUDA is asked for and there is no GPU.
     """
@@ -74,12 +89,14 @@ def make_plan(device: str) -> Plan:
     if device == "cuda" and gpus == 0:
         raise UserError("--device cuda: the cluster has no GPU; cpu or auto would be right")
     if device != "cpu" and gpus > 0:
-        spare = sum(cpus) - gpus
-        actor_cpus = 1.0 if spare >= 1 else 0.5
-        return Plan("cuda", gpus, actor_cpus, 1.0, _decode_cpus(sum(cpus) - gpus * actor_cpus, actor_cpus), threads=1)
+        actor_cpus = 1.0 if sum(cpus) - gpus >= 1 else 0.5
+        decode_cpus = _decode_cpus(sum(cpus) - gpus * actor_cpus, actor_cpus)
+        return Plan("cuda", gpus, actor_cpus, 1.0, decode_cpus, 1, resolve_precision(precision, "cuda"))
     smallest = min(cpus)
     actor_cpus = max(smallest - 1, 1.0) if smallest >= 2 else smallest / 2
-    return Plan("cpu", len(cpus), actor_cpus, 0.0, _decode_cpus(smallest - actor_cpus, actor_cpus), max(1, int(smallest)))
+    decode_cpus = _decode_cpus(smallest - actor_cpus, actor_cpus)
+    threads = max(1, int(smallest))
+    return Plan("cpu", len(cpus), actor_cpus, 0.0, decode_cpus, threads, resolve_precision(precision, "cpu"))
 
 
 def _decode_cpus(left: float, actor_cpus: float) -> float:

@@ -17,13 +17,15 @@ from patchsae_ray.measure.arrays import without_prefix
 from patchsae_ray.measure.latents import LatentResult, LatentStatistics
 from patchsae_ray.measure.quality import QualityResult, ReconstructionQuality
 from patchsae_ray.pipelines import cluster
+from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.extract_worker import ExtractTask
 from patchsae_ray.pipelines.model import LoadedModel, load_model
-from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished, run_key
+from patchsae_ray.pipelines.results import ResultFolder, run_key
+from patchsae_ray.pipelines.runner import Made, run_once
 from patchsae_ray.pipelines.tables import errors_parquet, npy_bytes
 from patchsae_ray.pipelines.units import Pass, stream_partials
-from patchsae_ray.settings import ClassLatentsSettings, ExtractSettings, as_dict
-from patchsae_ray.tracking import tracked
+from patchsae_ray.settings import ClassLatentsSettings, ExtractSettings, SaeSettings
+from patchsae_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +41,24 @@ class LatentPass:
     latents: LatentResult
     quality: QualityResult | None
     record: Pass
-    plan: cluster.Plan
-    precision: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a pass is about, read and checked."""
+
+    model: LoadedModel
+    manifest: Manifest
+
+
+def read_inputs(settings: SaeSettings) -> Inputs:
+    """The model and the images that the settings mean.
+
+    Raises: UserError for whatever is wrong with them.
+    """
+    model = load_model(settings)
+    manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, settings.classnames)
+    return Inputs(model, manifest)
 
 
 def feature_folder(settings: ClassLatentsSettings) -> str:
@@ -48,43 +66,28 @@ def feature_folder(settings: ClassLatentsSettings) -> str:
     return storage.join(settings.root_dir, "out", "feature_data", settings.vit_type, settings.dataset_name)
 
 
-def counts_identity(settings: ClassLatentsSettings, model: LoadedModel, manifest: Manifest, precision: str) -> dict[str, Any]:
+def counts_identity(settings: ClassLatentsSettings, inputs: Inputs, precision: str) -> dict[str, Any]:
     """What the class counts depend on."""
     return {
-        **model.identity(precision),
-        "manifest": manifest.digest,
-        "classnames": list(manifest.classnames),
+        **inputs.model.identity(precision),
+        "manifest": inputs.manifest.digest,
+        "classnames": list(inputs.manifest.classnames),
         "tokens": settings.tokens,
         "threshold": settings.threshold,
     }
 
 
 def run_pass(
-    what: str,
-    settings: ClassLatentsSettings,
-    model: LoadedModel,
-    manifest: Manifest,
-    top_k: int,
-    quality_images: int,
-    seed: int,
+    what: str, settings: ClassLatentsSettings, inputs: Inputs, plan: Plan, top_k: int, quality_images: int = 0, seed: int = 0
 ) -> LatentPass:
     """One pass over the images on Ray.
 
     Raises: UserError past `--max_bad_fraction`, or where a label has no class.
     """
-    cluster.connect(settings.ray_address)
-    plan = cluster.make_plan(settings.device)
-    precision = cluster.resolve_precision(settings.precision, plan.device)
-    log.info(
-        "%s: %s images in %d units, %s, %s",
-        what,
-        f"{manifest.num_images:,}",
-        len(manifest.units),
-        precision,
-        plan.describe(),
-    )
+    model, manifest = inputs.model, inputs.manifest
+    log.info("%s: %s images in %d units", what, f"{manifest.num_images:,}", len(manifest.units))
     sample = sample_positions(manifest.num_images, quality_images, seed)
-    task = ExtractTask(model.portable(precision), settings.tokens, settings.threshold, settings.batch_size, top_k, sample)
+    task = ExtractTask(model.portable(plan.precision), settings.tokens, settings.threshold, settings.batch_size, top_k, sample)
     sae = model.autoencoder
     statistics, quality = LatentStatistics(sae.d_sae, top_k), ReconstructionQuality(sae.d_in)
     kept = Pass(settings.max_bad_fraction, manifest.num_images)
@@ -95,7 +98,7 @@ def run_pass(
     highest = max(statistics.class_counts, default=-1)
     if highest >= manifest.num_classes:
         raise UserError(f"{manifest.source} has the label {highest}, but {manifest.num_classes} class names")
-    return LatentPass(statistics.result(manifest.num_classes), quality.result(), kept, plan, precision)
+    return LatentPass(statistics.result(manifest.num_classes), quality.result(), kept)
 
 
 def sample_positions(num_images: int, wanted: int, seed: int) -> np.ndarray:
@@ -110,21 +113,20 @@ def extract(settings: ExtractSettings) -> dict[str, float]:
 
     Raises: UserError for whatever is wrong with the settings, the inputs or the folder.
     """
-    model = load_model(settings)
-    manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, settings.classnames)
+    inputs = read_inputs(settings)
     own = {name: getattr(settings, name) for name in ("top_k", "figure_latents", "quality_images", "seed")}
     folders = {}
     for precision in cluster.possible_precisions(settings.precision):
-        counts = counts_identity(settings, model, manifest, precision)
+        counts = counts_identity(settings, inputs, precision)
         identity = {**counts, **own}
-        outputs = _outputs(settings, manifest, run_key(identity), run_key(counts))
+        outputs = _outputs(settings, inputs.manifest, run_key(identity), run_key(counts))
         folders[precision] = ResultFolder(feature_folder(settings), "extract", identity, outputs)
 
-    def run() -> tuple[LatentPass, dict[str, bytes]]:
-        found = run_pass("extract", settings, model, manifest, settings.top_k, settings.quality_images, settings.seed)
-        return found, _files(settings, found, manifest)
+    def work(plan: Plan, tracker: Tracker) -> Made:
+        found = run_pass("extract", settings, inputs, plan, settings.top_k, settings.quality_images, settings.seed)
+        return _made(found, inputs.manifest, _files(settings, found, inputs.manifest))
 
-    return _run_tracked(settings, manifest, folders, run)
+    return _run(settings, folders, work)
 
 
 def class_latents(settings: ClassLatentsSettings) -> dict[str, float]:
@@ -132,49 +134,42 @@ def class_latents(settings: ClassLatentsSettings) -> dict[str, float]:
 
     Raises: UserError for whatever is wrong with the settings, the inputs or the folder.
     """
-    model = load_model(settings)
-    manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, settings.classnames)
-    if not manifest.labelled:
-        raise UserError(f"{manifest.source} has no labels, so there are no classes to count by")
+    inputs = read_inputs(settings)
+    if not inputs.manifest.labelled:
+        raise UserError(f"{inputs.manifest.source} has no labels, so there are no classes to count by")
     folders = {}
     for precision in cluster.possible_precisions(settings.precision):
-        identity = counts_identity(settings, model, manifest, precision)
+        identity = counts_identity(settings, inputs, precision)
         outputs = dict.fromkeys((COUNTS_FILE, ERRORS_FILE), run_key(identity))
         folders[precision] = ResultFolder(feature_folder(settings), "class_latents", identity, outputs)
 
-    def run() -> tuple[LatentPass, dict[str, bytes]]:
-        found = run_pass("class_latents", settings, model, manifest, top_k=1, quality_images=0, seed=0)
-        return found, {
-            COUNTS_FILE: npy_bytes(found.latents.class_counts),
-            ERRORS_FILE: errors_parquet(found.record.bad),
-        }
+    def work(plan: Plan, tracker: Tracker) -> Made:
+        found = run_pass("class_latents", settings, inputs, plan, top_k=1)
+        files = {COUNTS_FILE: npy_bytes(found.latents.class_counts), ERRORS_FILE: errors_parquet(found.record.bad)}
+        return _made(found, inputs.manifest, files)
 
-    return _run_tracked(settings, manifest, folders, run)
+    return _run(settings, folders, work)
 
 
-def _run_tracked(
-    settings: ClassLatentsSettings,
-    manifest: Manifest,
-    folders: dict[str, ResultFolder],
-    run: Callable[[], tuple[LatentPass, dict[str, bytes]]],
+def _run(
+    settings: ClassLatentsSettings, folders: dict[str, ResultFolder], work: Callable[[Plan, Tracker], Made]
 ) -> dict[str, float]:
-    """Say that it is done, or run, commit and log."""
-    done = finished(folders, settings.overwrite)
-    any_folder = next(iter(folders.values()))
-    job = any_folder.job
-    if done:
-        log.info("%s: done already, nothing to do; results in %s", job, done.uri)
-        return dict(done.record()["metrics"])
-    with tracked(settings.root_dir, job, as_dict(settings)) as tracker:
-        found, files = run()
-        folder = folders[found.precision]
-        metrics = latent_metrics(found)
-        folder.commit(files, pass_record(settings, found, manifest, metrics, tracker.run_id))
-        tracker.tags({**folder.identity, "run_key": run_key(folder.identity), "results": folder.uri})
-        tracker.metrics({**metrics, **{f"seconds_{stage}": value for stage, value in found.record.seconds.items()}})
-        tracker.files(folder.uri, [*files, RUN_FILE])
-    log_summary(job, metrics, folder.uri)
-    return metrics
+    summary = run_once(settings, folders, work)
+    folder = next(iter(folders.values()))
+    log_summary(folder.job, summary, folder.uri)
+    return summary
+
+
+def _made(found: LatentPass, manifest: Manifest, files: dict[str, bytes]) -> Made:
+    metrics = latent_metrics(found)
+    seconds = {f"seconds_{stage}": value for stage, value in found.record.seconds.items()}
+    record = {
+        "source": manifest.source,
+        "num_units": len(manifest.units),
+        "ignored_files": manifest.ignored_files,
+        **found.record.record(),
+    }
+    return Made(files, summary=metrics, metrics={**metrics, **seconds}, record=record)
 
 
 def _outputs(settings: ExtractSettings, manifest: Manifest, key: str, counts_key: str) -> dict[str, str]:
@@ -230,23 +225,6 @@ def latent_metrics(found: LatentPass) -> dict[str, float]:
     if found.quality is not None:
         metrics.update({f"quality_{name}": float(value) for name, value in asdict(found.quality).items()})
     return metrics
-
-
-def pass_record(
-    settings: ClassLatentsSettings, found: LatentPass, manifest: Manifest, metrics: dict[str, float], mlflow_run: str
-) -> dict[str, Any]:
-    """What run.json says of a pass."""
-    return {
-        "settings": as_dict(settings),
-        "device": found.plan.device,
-        "plan": found.plan.describe(),
-        "source": manifest.source,
-        "num_units": len(manifest.units),
-        "ignored_files": manifest.ignored_files,
-        **found.record.record(),
-        "metrics": metrics,
-        "mlflow_run": mlflow_run,
-    }
 
 
 def log_summary(what: str, metrics: dict[str, float], folder: str) -> None:

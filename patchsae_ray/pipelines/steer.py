@@ -9,19 +9,21 @@ import numpy as np
 
 from patchsae_ray import figures, storage
 from patchsae_ray.backbone.zero_shot import OPENAI_IMAGENET_TEMPLATES
-from patchsae_ray.data.catalog import open_dataset
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError, nearest
 from patchsae_ray.measure.arrays import without_prefix
 from patchsae_ray.measure.masking import MaskingAccuracy, settings_of
 from patchsae_ray.pipelines import cluster
-from patchsae_ray.pipelines.model import LoadedModel, load_model
-from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished, record_of_file, run_key
+from patchsae_ray.pipelines.cluster import Plan
+from patchsae_ray.pipelines.extract import Inputs, read_inputs
+from patchsae_ray.pipelines.model import LoadedModel
+from patchsae_ray.pipelines.results import ResultFolder, record_of_file, run_key
+from patchsae_ray.pipelines.runner import Made, run_once
 from patchsae_ray.pipelines.steer_worker import SteerTask
 from patchsae_ray.pipelines.tables import errors_parquet
 from patchsae_ray.pipelines.units import Pass, stream_partials
-from patchsae_ray.settings import SteerSettings, as_dict
-from patchsae_ray.tracking import tracked
+from patchsae_ray.settings import SteerSettings
+from patchsae_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -97,29 +99,28 @@ def _check_made_for(path: str, made: dict[str, Any], model: LoadedModel, manifes
 
 
 @dataclass(frozen=True)
-class Inputs:
+class SteerInputs(Inputs):
     """What a steering run is about, read and checked."""
 
-    model: LoadedModel
-    manifest: Manifest
     counts: np.ndarray
+    """[s, c]."""
     ks: list[int]
     rankings: list[str]
 
 
-def read_inputs(settings: SteerSettings) -> Inputs:
+def read_steer_inputs(settings: SteerSettings) -> SteerInputs:
     """Everything that steering needs.
 
     Raises: UserError for whatever is wrong with it.
     """
-    model = load_model(settings)
-    manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, settings.classnames)
+    inputs = read_inputs(settings)
+    model, manifest = inputs.model, inputs.manifest
     if not manifest.labelled:
         raise UserError(f"{manifest.source} has no labels: steering is measured on labelled images")
     if not manifest.classnames:
         raise UserError(f"{manifest.source} names no classes: --classnames FILE is needed for the zero-shot classifier")
     ks, rankings = parse_topk(settings.topk, model.autoencoder.d_sae), parse_rankings(settings.rank_by)
-    return Inputs(model, manifest, read_counts(settings, model, manifest), ks, rankings)
+    return SteerInputs(model, manifest, read_counts(settings, model, manifest), ks, rankings)
 
 
 def steer(settings: SteerSettings) -> dict[str, Any]:
@@ -127,47 +128,42 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
 
     Raises: UserError for whatever is wrong with the settings, the inputs or the folder.
     """
-    inputs = read_inputs(settings)
+    inputs = read_steer_inputs(settings)
     uri = storage.join(settings.root_dir, "eval_outputs", settings.vit_type, settings.dataset_name)
     folders = {}
     for precision in cluster.possible_precisions(settings.precision):
         identity = _identity(settings, inputs, precision)
         names = [*_metric_files(inputs.rankings).values(), CURVE_FILE, "errors.parquet"]
         folders[precision] = ResultFolder(uri, "steer", identity, dict.fromkeys(names, run_key(identity)))
-    done = finished(folders, settings.overwrite)
-    if done:
-        log.info("steer: done already, nothing to do; results in %s", uri)
-        return dict(done.record()["curves"])
-    with tracked(settings.root_dir, "steer", as_dict(settings)) as tracker:
-        accuracy, kept, plan, precision = run_steering(settings, inputs)
+
+    def work(plan: Plan, tracker: Tracker) -> Made:
+        accuracy, kept = run_steering(settings, inputs, plan)
         curves = _curves(accuracy, inputs.ks)
-        files = _files(inputs, accuracy, curves, kept)
-        folder = folders[precision]
-        folder.commit(files, {**_record(settings, inputs, kept, plan, tracker.run_id), "curves": curves})
-        tracker.tags({**folder.identity, "run_key": run_key(folder.identity), "results": uri})
-        tracker.metrics(_metrics(curves, kept))
-        tracker.files(uri, [*files, RUN_FILE])
-    _log_summary(curves, kept, uri)
+        counts_from = record_of_file(settings.cls_wise_sae_activation_path)
+        made_by = {"counts_run_key": counts_from["run_key"] if counts_from else None}
+        record = {"source": inputs.manifest.source, **kept.record()}
+        return Made(_files(inputs, accuracy, curves, kept), curves, _metrics(curves, kept), record, tags=made_by)
+
+    curves = run_once(settings, folders, work)
+    whole = curves[inputs.rankings[0]]["on"][-1] if inputs.ks[-1] == inputs.model.autoencoder.d_sae else None
+    log.info("steer: zero-shot accuracy without the SAE %.2f %%", curves["no_sae"])
+    if whole is not None:
+        log.info("steer: zero-shot accuracy with its whole reconstruction %.2f %%", whole)
+    log.info("steer: results in %s", uri)
     return curves
 
 
-def run_steering(settings: SteerSettings, inputs: Inputs) -> tuple[dict[str, MaskingAccuracy], Pass, cluster.Plan, str]:
-    """The pass on Ray: right predictions a ranking, what was kept of the pass, the plan and the precision used."""
-    classifier = inputs.model.classifier(inputs.manifest.classnames)
-    cluster.connect(settings.ray_address)
-    plan = cluster.make_plan(settings.device)
-    precision = cluster.resolve_precision(settings.precision, plan.device)
+def run_steering(settings: SteerSettings, inputs: SteerInputs, plan: Plan) -> tuple[dict[str, MaskingAccuracy], Pass]:
+    """The pass on Ray: right predictions a ranking, and what was kept of the pass.
+
+    Raises: UserError past `--max_bad_fraction`.
+    """
     manifest = inputs.manifest
-    log.info(
-        "steer: %s images, %d values of k, ranked by %s, %s, %s",
-        f"{manifest.num_images:,}",
-        len(inputs.ks),
-        ", ".join(inputs.rankings),
-        precision,
-        plan.describe(),
-    )
+    classifier = inputs.model.classifier(manifest.classnames)
+    rankings = ", ".join(inputs.rankings)
+    log.info("steer: %s images, %d values of k, ranked by %s", f"{manifest.num_images:,}", len(inputs.ks), rankings)
     task = SteerTask(
-        inputs.model.portable(precision), classifier, inputs.counts, tuple(inputs.ks), tuple(inputs.rankings),
+        inputs.model.portable(plan.precision), classifier, inputs.counts, tuple(inputs.ks), tuple(inputs.rankings),
         settings.output_offset, settings.seed, settings.batch_size,
     )  # fmt: skip
     kept = Pass(settings.max_bad_fraction, manifest.num_images)
@@ -177,7 +173,7 @@ def run_steering(settings: SteerSettings, inputs: Inputs) -> tuple[dict[str, Mas
         kept.take(partial)
         for ranking, total in accuracy.items():
             total.merge(MaskingAccuracy.from_arrays(without_prefix(ranking, partial.arrays)))
-    return accuracy, kept, plan, precision
+    return accuracy, kept
 
 
 def _metric_files(rankings: list[str]) -> dict[str, str]:
@@ -185,7 +181,7 @@ def _metric_files(rankings: list[str]) -> dict[str, str]:
     return {ranking: "metrics.csv" if index == 0 else f"metrics_{ranking}.csv" for index, ranking in enumerate(rankings)}
 
 
-def _identity(settings: SteerSettings, inputs: Inputs, precision: str) -> dict[str, Any]:
+def _identity(settings: SteerSettings, inputs: SteerInputs, precision: str) -> dict[str, Any]:
     return {
         **inputs.model.identity(precision),
         "manifest": inputs.manifest.digest,
@@ -209,26 +205,13 @@ def _curves(accuracy: dict[str, MaskingAccuracy], ks: list[int]) -> dict[str, An
     return curves
 
 
-def _files(inputs: Inputs, accuracy: dict[str, MaskingAccuracy], curves: dict[str, Any], kept: Pass) -> dict[str, bytes]:
+def _files(inputs: SteerInputs, accuracy: dict[str, MaskingAccuracy], curves: dict[str, Any], kept: Pass) -> dict[str, bytes]:
     tables = {
         name: accuracy[ranking].table(inputs.ks).to_csv().encode() for ranking, name in _metric_files(inputs.rankings).items()
     }
     lines = {ranking: curves[ranking] for ranking in inputs.rankings}
     curve = figures.masking_curve(inputs.ks, lines, curves["no_sae"], inputs.manifest.num_classes)
     return {**tables, CURVE_FILE: curve, "errors.parquet": errors_parquet(kept.bad)}
-
-
-def _record(settings: SteerSettings, inputs: Inputs, kept: Pass, plan: cluster.Plan, mlflow_run: str) -> dict[str, Any]:
-    counts_from = record_of_file(settings.cls_wise_sae_activation_path)
-    return {
-        "settings": as_dict(settings),
-        "device": plan.device,
-        "plan": plan.describe(),
-        "source": inputs.manifest.source,
-        "counts_run_key": counts_from["run_key"] if counts_from else None,
-        **kept.record(),
-        "mlflow_run": mlflow_run,
-    }
 
 
 def _metrics(curves: dict[str, Any], kept: Pass) -> dict[str, float]:
@@ -242,13 +225,3 @@ def _metrics(curves: dict[str, Any], kept: Pass) -> dict[str, float]:
 
 def _interleaved(curve: dict[str, list[float]]) -> list[float]:
     return [value for pair in zip(curve["on"], curve["off"], strict=True) for value in pair]
-
-
-def _log_summary(curves: dict[str, Any], kept: Pass, uri: str) -> None:
-    rankings = [name for name in RANKINGS if name in curves]
-    log.info(
-        "steer: zero-shot accuracy without the SAE %.2f %%, with its whole reconstruction %.2f %%",
-        curves["no_sae"],
-        curves[rankings[0]]["on"][-1],
-    )
-    log.info("steer: %s images in %.1f s; results in %s", f"{kept.num_images:,}", kept.wall_seconds(), uri)

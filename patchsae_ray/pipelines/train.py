@@ -6,7 +6,6 @@ The trainer sends what it learns to the driver as it goes (a streaming generator
 import logging
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,21 +13,24 @@ import ray
 import torch
 
 from patchsae_ray import storage
+from patchsae_ray.backbone.weights import state_digest
 from patchsae_ray.data.catalog import open_dataset
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.shuffle import unit_order
 from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines import cluster
+from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.model import LoadedModel, load_model
 from patchsae_ray.pipelines.progress import LINE_SECONDS, progress_line
-from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished, run_key
+from patchsae_ray.pipelines.results import ResultFolder, run_key
+from patchsae_ray.pipelines.runner import Made, run_once
 from patchsae_ray.pipelines.tables import errors_parquet
 from patchsae_ray.pipelines.train_worker import Message, TrainTask, checkpoint_steps, train_units
 from patchsae_ray.pipelines.units import Pass
 from patchsae_ray.sae.checkpoint import safetensors_bytes, torch_bytes
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.settings import TrainSettings, as_dict
-from patchsae_ray.tracking import Tracker, tracked
+from patchsae_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -49,48 +51,28 @@ def train(settings: TrainSettings) -> dict[str, float]:
         identity = _identity(settings, model, manifest, precision, total_images)
         names = ["sae.pt", "sae.safetensors", "errors.parquet", *_checkpoint_names(settings, total_images)]
         folders[precision] = ResultFolder(uri, "train", identity, dict.fromkeys(names, run_key(identity)))
-    done = finished(folders, settings.overwrite)
-    if done:
-        log.info("train: done already, nothing to do; checkpoint %s", storage.join(uri, "sae.pt"))
-        return dict(done.record()["metrics"])
-    with tracked(settings.root_dir, "train", as_dict(settings)) as tracker:
-        outcome = run_training(settings, model, manifest, total_images, tracker)
-        folder = folders[outcome.precision]
-        folder.commit(outcome.files, _record(settings, manifest, outcome, tracker.run_id))
-        tracker.tags({**folder.identity, "run_key": run_key(folder.identity), "results": uri})
-        tracker.metrics(outcome.metrics, step=int(outcome.metrics["steps"]))
-        tracker.files(uri, [*outcome.files, RUN_FILE])
-    log_summary(outcome.metrics, uri)
-    return outcome.metrics
 
+    def work(plan: Plan, tracker: Tracker) -> Made:
+        return run_training(settings, model, manifest, total_images, plan, tracker)
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a training run made."""
-
-    files: dict[str, bytes]
-    metrics: dict[str, float]
-    seconds: dict[str, float]
-    plan: cluster.Plan
-    precision: str
+    summary = run_once(settings, folders, work)
+    log_summary(summary, uri)
+    return summary
 
 
 def run_training(
-    settings: TrainSettings, model: LoadedModel, manifest: Manifest, total_images: int, tracker: Tracker
-) -> Outcome:
+    settings: TrainSettings, model: LoadedModel, manifest: Manifest, total_images: int, plan: Plan, tracker: Tracker
+) -> Made:
     """Run the trainer on Ray and take its messages.
 
     Raises: UserError past `--max_bad_fraction` or where the loss stops being finite.
     """
-    cluster.connect(settings.ray_address)
-    plan = cluster.make_plan(settings.device)
-    precision = cluster.resolve_precision(settings.precision, plan.device)
     epochs = math.ceil(total_images / max(1, int(manifest.num_images * (1 - settings.max_bad_fraction))))
     order = tuple(unit_order(len(manifest.units), epochs, settings.seed))
-    task = TrainTask(model.portable(precision), settings, total_images, order)
+    task = TrainTask(model.portable(plan.precision), settings, total_images, order)
     log.info(
-        "train: %s images in %s steps of %d, %s latents, %s, %s", f"{total_images:,}", f"{task.total_steps:,}",
-        settings.batch_size, f"{model.config.width * settings.expansion_factor:,}", precision, plan.describe(),
+        "train: %s images in %s steps of %d, %s latents", f"{total_images:,}", f"{task.total_steps:,}",
+        settings.batch_size, f"{model.config.width * settings.expansion_factor:,}",
     )  # fmt: skip
     remote = ray.remote(train_units).options(num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus, max_retries=0)
     kept = Pass(settings.max_bad_fraction, manifest.num_images)
@@ -99,22 +81,43 @@ def run_training(
     progress = _TrainProgress(total_images)
     for reference in remote.remote(ray.put(task), manifest, model.config.image_size, plan):
         message: Message = _get(reference)
-        kept.bad.extend(message.bad or [])
+        kept.bad.extend(message.bad)
         kept.check()
-        tracker.metrics({f"train_{name}": value for name, value in message.metrics.items()}, step=message.step)
+        tracker.metrics({f"train_{name}": value for name, value in message.metrics.items()}, message.step)
         progress.show(message)
         if message.weights is not None:
-            files.update(_checkpoint_files(message, config))
-    metrics = {
+            sae = _autoencoder(message.weights)
+            files.update(_checkpoint_files(sae, message, config))
+    kept.seconds, kept.actor_peak_bytes = message.seconds, message.peak_bytes
+    files["errors.parquet"] = errors_parquet(kept.bad)
+    summary = _summary(message, kept)
+    record = {"source": manifest.source, **kept.record()}
+    made = {"sae": state_digest(sae.state_dict())}
+    return Made(files, summary, summary, record, step=message.step, tags=made)
+
+
+def _summary(message: Message, kept: Pass) -> dict[str, float]:
+    wall = kept.wall_seconds()
+    return {
         **message.metrics,
         "images": float(message.images),
         "steps": float(message.step),
         "bad_images": float(len(kept.bad)),
-        "wall_seconds": kept.wall_seconds(),
-        "images_per_second": message.images / kept.wall_seconds(),
+        "wall_seconds": wall,
+        "images_per_second": message.images / wall,
     }
-    files["errors.parquet"] = errors_parquet(kept.bad)
-    return Outcome(files, metrics, message.seconds or {}, plan, precision)
+
+
+def _autoencoder(weights: dict[str, np.ndarray]) -> SparseAutoencoder:
+    sae = SparseAutoencoder(*weights["W_enc"].shape)
+    sae.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
+    return sae
+
+
+def _checkpoint_files(sae: SparseAutoencoder, message: Message, config: dict[str, Any]) -> dict[str, bytes]:
+    if message.last:
+        return {"sae.pt": torch_bytes(sae, config), "sae.safetensors": safetensors_bytes(sae, config)}
+    return {f"sae_{message.images}_images.pt": torch_bytes(sae, config)}
 
 
 def _get(reference: Any) -> Message:
@@ -193,15 +196,6 @@ def _checkpoint_names(settings: TrainSettings, total_images: int) -> list[str]:
     return [f"sae_{step * settings.batch_size}_images.pt" for step in steps]
 
 
-def _checkpoint_files(message: Message, config: dict[str, Any]) -> dict[str, bytes]:
-    weights = message.weights or {}
-    sae = SparseAutoencoder(*weights["W_enc"].shape)
-    sae.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
-    if message.last:
-        return {"sae.pt": torch_bytes(sae, config), "sae.safetensors": safetensors_bytes(sae, config)}
-    return {f"sae_{message.images}_images.pt": torch_bytes(sae, config)}
-
-
 def _identity(
     settings: TrainSettings, model: LoadedModel, manifest: Manifest, precision: str, total_images: int
 ) -> dict[str, Any]:
@@ -216,19 +210,6 @@ def _identity(
         "total_images": total_images,
         "max_bad_fraction": settings.max_bad_fraction,
         **recipe,
-    }
-
-
-def _record(settings: TrainSettings, manifest: Manifest, outcome: Outcome, mlflow_run: str) -> dict[str, Any]:
-    return {
-        "settings": as_dict(settings),
-        "device": outcome.plan.device,
-        "plan": outcome.plan.describe(),
-        "source": manifest.source,
-        "num_images": manifest.num_images,
-        "seconds": {stage: round(value, 3) for stage, value in outcome.seconds.items()},
-        "metrics": outcome.metrics,
-        "mlflow_run": mlflow_run,
     }
 
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from patchsae_ray.data.shuffle import batches
 from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.model import PortableModel
-from patchsae_ray.pipelines.units import BadRows, decoded_units
+from patchsae_ray.pipelines.units import BadRows, decoded_units, peak_bytes
 from patchsae_ray.sae.model import SparseAutoencoder, geometric_median, initialise
 from patchsae_ray.sae.objective import Objective
 from patchsae_ray.sae.schedules import Schedule
@@ -56,15 +56,19 @@ def checkpoint_steps(n_checkpoints: int, total_steps: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Message:
-    """From the trainer to the driver; what is empty was not sent."""
+    """From the trainer to the driver."""
 
     images: int
     step: int
     metrics: dict[str, float]
     weights: dict[str, np.ndarray] | None = None
     """An autoencoder's tensors, at a checkpoint and at the end."""
-    bad: BadRows | None = None
-    seconds: dict[str, float] | None = None
+    bad: BadRows = field(default_factory=list)
+    """Unreadable images since the last message."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Stage times, with the last message."""
+    peak_bytes: int = 0
+    """Peak resident memory of the trainer, with the last message."""
     last: bool = False
 
 
@@ -99,7 +103,7 @@ def train_units(task: TrainTask, manifest: Manifest, image_size: int, plan: Plan
             yield Message(images, trainer.step_index, last, _weights(trainer.sae) if save else None, source.take_bad())
     if trainer is None:
         raise UserError("no image could be read, so there is nothing to train on")
-    yield Message(images, trainer.step_index, last, _weights(trainer.sae), source.take_bad(), clock, last=True)
+    yield Message(images, trainer.step_index, last, _weights(trainer.sae), source.take_bad(), clock, peak_bytes(), last=True)
 
 
 class DecodedBlocks:

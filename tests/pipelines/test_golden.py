@@ -73,7 +73,7 @@ def test_run_file_says_what_was_run(features: Path) -> None:
     assert record["identity"]["threshold"] == 0.2
     assert record["num_images"] == 69
     assert {"read", "decode", "to_hook", "encode", "reduce"} <= set(record["seconds"])
-    assert record["metrics"]["dead_latents"] == 65
+    assert record["summary"]["dead_latents"] == 65
     assert set(state["files"]) == {path.name for path in features.iterdir()} - {"run.json"}
     assert pq.read_table(features / "errors.parquet").num_rows == 0
 

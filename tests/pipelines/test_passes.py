@@ -31,7 +31,7 @@ def joined(ray_head: RayHead) -> Iterator[None]:
 @pytest.mark.usefixtures("joined")
 def test_decode_and_model_stay_two_operators(capfd: pytest.CaptureFixture[str]) -> None:
     plan = cluster.make_plan("auto")
-    assert plan == Plan("cpu", actors=1, actor_cpus=1.0, actor_gpus=0.0, decode_cpus=0.5, threads=2)
+    assert plan == Plan("cpu", actors=1, actor_cpus=1.0, actor_gpus=0.0, decode_cpus=0.5, threads=2, precision="fp32")
     manifest = open_dataset("golden", str(GOLDEN / "images"), None, None)
     rows = decoded_units(manifest, manifest.units, 32, plan)
     mapped = rows.map_batches(

@@ -33,7 +33,7 @@ def test_train_writes_checkpoints_that_read_back(run_command: JobRunner, tmp_pat
     assert (checkpoint.sae.d_in, checkpoint.sae.d_sae) == (128, 256)
     assert checkpoint.block_layer == -3
     assert set(torch.load(folder / "sae.pt", weights_only=True)["cfg"]) >= RELEASED_LOOKS_UP
-    metrics = json.loads((folder / "run.json").read_text())["runs"]["train"]["metrics"]
+    metrics = json.loads((folder / "run.json").read_text())["runs"]["train"]["summary"]
     assert (metrics["images"], metrics["steps"]) == (200, 13)
     early = read_checkpoint(str(folder / "sae_64_images.pt"))
     assert early.digest != checkpoint.digest

@@ -61,7 +61,7 @@ def test_extract_and_steer(run_command: JobRunner, flags: list[str], tmp_path: P
     assert counts.shape == (LATENTS, 3)
     assert counts.max() <= IMAGES * 197
     record = json.loads((features / "run.json").read_text())["runs"]["extract"]
-    assert 50 < record["metrics"]["quality_l0"] < 500
+    assert 50 < record["summary"]["quality_l0"] < 500
     steered = run_command("steer", tmp_path, *flags, "--cls_wise_sae_activation_path", str(features / "cls_sae_cnt.npy"))
     assert steered.code == 0, steered.err
     metrics = pd.read_csv(tmp_path / "eval_outputs" / "base" / "noise" / "metrics.csv", index_col="masking")

@@ -1,0 +1,67 @@
+"""What the jobs have in common: see whether it is done, join Ray, open an MLflow run, work, commit, log."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from patchsae_ray.pipelines import cluster
+from patchsae_ray.pipelines.cluster import Plan
+from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished, run_key
+from patchsae_ray.settings import ModelSettings, as_dict
+from patchsae_ray.tracking import Tracker, tracked
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a job's work came to."""
+
+    files: Mapping[str, bytes]
+    """File name → content, the outputs that the folder announced."""
+    summary: dict[str, Any]
+    """What the job returns, and a later run of the same gets from run.json."""
+    metrics: Mapping[str, float]
+    """For MLflow, under stable names."""
+    record: Mapping[str, Any]
+    """More for run.json."""
+    step: int = 0
+    """MLflow's step of the metrics."""
+    tags: Mapping[str, Any] = field(default_factory=dict)
+    """Digests of what was made."""
+
+
+def run_once(
+    settings: ModelSettings, folders: Mapping[str, ResultFolder], work: Callable[[Plan, Tracker], Made]
+) -> dict[str, Any]:
+    """Do a job's work unless it is done already. Returns its summary.
+
+    Args:
+        settings: the job's settings.
+        folders: precision → the results folder as that precision's run.
+        work: what is done with the cluster and the MLflow run.
+
+    Raises: UserError where the folder holds another run's results, no cluster answers, or the work finds a fault.
+    """
+    done = finished(folders, settings.overwrite)
+    if done:
+        log.info("%s: done already, nothing to do; results in %s", done.job, done.uri)
+        return dict(done.record()["summary"])
+    plan = cluster.join(settings)
+    folder = folders[plan.precision]
+    with tracked(settings.root_dir, folder.job, as_dict(settings)) as tracker:
+        tracker.tags({**folder.identity, "run_key": run_key(folder.identity), "results": folder.uri})
+        made = work(plan, tracker)
+        common = {
+            "settings": as_dict(settings),
+            "device": plan.device,
+            "plan": plan.describe(),
+            "mlflow_run": tracker.run_id,
+            "summary": made.summary,
+        }
+        folder.commit(made.files, {**common, **made.record, **made.tags})
+        tracker.tags(made.tags)
+        tracker.metrics(made.metrics, made.step)
+        tracker.files(folder.uri, [*made.files, RUN_FILE])
+    return made.summary
