@@ -50,7 +50,7 @@ class PortableModel:
         with torch.device("meta"):
             sae = SparseAutoencoder(*tensors["W_enc"].shape)
         sae.load_state_dict(tensors, assign=True)
-        return sae.eval().requires_grad_(False).to(device, dtype_of(self.precision))
+        return sae.eval().requires_grad_(False).to(device).cast_encoder(dtype_of(self.precision))
 
 
 @dataclass(frozen=True)

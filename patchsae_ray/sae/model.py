@@ -48,8 +48,14 @@ class SparseAutoencoder(nn.Module):
         return self.W_enc.shape[1]
 
     def pre_activations(self, x: Tensor, latents: slice = slice(None)) -> Tensor:
-        """x [..., d] → [..., s] before the activation, for all latents or a slice of them."""
-        return (x - self.b_dec) @ self.W_enc[:, latents] + self.b_enc[latents]
+        """x [..., d] → [..., s] before the activation, for all latents or a slice of them; the product in W_enc's dtype."""
+        centred = (x - self.b_dec).to(self.W_enc.dtype)
+        return centred @ self.W_enc[:, latents] + self.b_enc[latents]
+
+    def cast_encoder(self, dtype: torch.dtype) -> "SparseAutoencoder":
+        """Run the encoder's product, all but the whole cost, in this dtype; biases and decoder stay float32."""
+        self.W_enc.data = self.W_enc.data.to(dtype)
+        return self
 
     def encode(self, x: Tensor, latents: slice = slice(None)) -> Tensor:
         """Residual x [..., d] → latents z [..., s], or those of a slice."""

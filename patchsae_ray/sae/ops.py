@@ -80,7 +80,7 @@ def active_latents(sae: SparseAutoencoder, x: Tensor) -> ActiveLatents:
 
 def sparse_decode(sae: SparseAutoencoder, active: ActiveLatents) -> Tensor:
     """z W_dec + b_dec from the active latents alone: [n * t, d] float32."""
-    return _sum_rows(sae, active, torch.zeros_like(active.token), 1)[0] + sae.b_dec.to(torch.float32)
+    return _sum_rows(sae, active, torch.zeros_like(active.token), 1)[0] + sae.b_dec
 
 
 def masked_reconstructions(sae: SparseAutoencoder, active: ActiveLatents, ranks: Tensor, ks: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,8 +101,7 @@ def masked_reconstructions(sae: SparseAutoencoder, active: ActiveLatents, ranks:
     parts = _sum_rows(sae, active, bucket, len(ks) + 1)
     on = parts[:-1].cumsum(dim=0)
     full = parts.sum(dim=0)
-    bias = sae.b_dec.to(torch.float32)
-    return on + bias, (full - on) + bias
+    return on + sae.b_dec, (full - on) + sae.b_dec
 
 
 def masked_reconstructions_plain(sae: SparseAutoencoder, x: Tensor, ranks: Tensor, ks: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,8 +118,5 @@ def _sum_rows(sae: SparseAutoencoder, active: ActiveLatents, bucket: Tensor, num
     order = torch.argsort(cell, stable=True)
     cells = num_buckets * active.num_tokens
     starts = torch.searchsorted(cell[order], torch.arange(cells, device=cell.device))
-    weight = sae.W_dec
-    rows = embedding_bag(
-        active.latent[order], weight, starts, mode="sum", per_sample_weights=active.value[order].to(weight.dtype)
-    )
-    return rows.to(torch.float32).view(num_buckets, active.num_tokens, -1)
+    rows = embedding_bag(active.latent[order], sae.W_dec, starts, mode="sum", per_sample_weights=active.value[order])
+    return rows.view(num_buckets, active.num_tokens, -1)

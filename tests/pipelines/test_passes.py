@@ -106,7 +106,7 @@ def test_overwrite_replaces_and_forgets(run_command: JobRunner, tmp_path: Path) 
     assert first.code == 0, first.err
     folder = features(tmp_path, "golden")
     before = np.load(folder / "cls_sae_cnt.npy")
-    flags = ["--threshold", "0.5", "--quality_images", "0", "--figure_latents", "0"]
+    flags = ["--threshold", "0.5", "--figure_latents", "0"]
     second = run_command("extract", tmp_path, *golden_flags(), *flags, "--overwrite", "--precision", "bf16")
     assert second.code == 0, second.err
     assert np.load(folder / "cls_sae_cnt.npy").sum() < before.sum()
@@ -114,6 +114,7 @@ def test_overwrite_replaces_and_forgets(run_command: JobRunner, tmp_path: Path) 
     state = json.loads((folder / "run.json").read_text())
     assert set(state["files"]) == {path.name for path in folder.iterdir()} - {"run.json"}
     assert state["runs"]["extract"]["identity"]["precision"] == "bf16"
+    assert state["runs"]["extract"]["summary"]["quality_explained_variance"] == pytest.approx(0.9746, abs=5e-3)
 
 
 def test_progress_lines() -> None:

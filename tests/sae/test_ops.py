@@ -64,6 +64,17 @@ def test_masked_reconstructions_equal_mask_and_decode(seed: int, tokens: int, la
     assert torch.allclose(off, plain_off, atol=1e-4)
 
 
+def test_bf16_products_stay_close_and_decode_in_float32() -> None:
+    sae, x = make_sae(64, 200, 8), residual(9, 1, 5, 64)
+    ranks, ks = torch.randperm(200, generator=torch.Generator().manual_seed(0)), torch.tensor([20, 200])
+    full = ops.masked_reconstructions(sae, ops.active_latents(sae, x), ranks, ks)
+    low = make_sae(64, 200, 8).cast_encoder(torch.bfloat16)
+    found = ops.masked_reconstructions(low, ops.active_latents(low, x.to(torch.bfloat16)), ranks, ks)
+    for ours, exact in zip(found, full, strict=True):
+        assert ours.dtype == torch.float32
+        assert ((ours - exact).norm() / exact.norm()).item() < 2e-2
+
+
 def test_no_active_latent_decodes_to_the_bias() -> None:
     sae = make_sae(8, 20, 5)
     sae.b_enc.fill_(-100)

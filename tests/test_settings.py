@@ -1,0 +1,75 @@
+"""Flags, YAML, help and precedence."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from patchsae_ray.settings import (
+    ClassLatentsSettings,
+    DemoSettings,
+    ExtractSettings,
+    RunSettings,
+    SteerSettings,
+    TrainSettings,
+    build_parser,
+    parse,
+)
+from tests.conftest import ROOT
+
+EVERY_JOB = [TrainSettings, ExtractSettings, ClassLatentsSettings, SteerSettings, DemoSettings]
+GUIDE_COMMON = {"root_dir", "dataset_name", "sae_path", "vit_type", "model_path", "config_path", "batch_size", "device"}
+
+
+@pytest.mark.parametrize("settings_class", EVERY_JOB)
+def test_every_flag_has_a_line_of_help(settings_class: type[RunSettings]) -> None:
+    for action in build_parser(settings_class)._actions:
+        if action.dest not in ("help", "config", "print_config"):
+            text = (action.help or "").removesuffix("%(default)s")
+            assert len(text.split("(type")[0].strip()) > 10, action.dest
+
+
+def test_the_guides_flags_are_there() -> None:
+    for settings_class in (ExtractSettings, ClassLatentsSettings, SteerSettings):
+        assert {action.dest for action in build_parser(settings_class)._actions} >= GUIDE_COMMON
+
+
+def test_flags_win_over_yaml_wins_over_the_data_sets_defaults(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lr: 0.5\nl1_coefficient: 0.25\n")
+    plain = parse(TrainSettings, [])
+    assert (plain.lr, plain.l1_coefficient, plain.expansion_factor) == (0.002, 0.001, 8), "configs/datasets/demo.yaml"
+    both = parse(TrainSettings, ["--config", str(recipe), "--lr", "0.75"])
+    assert (both.lr, both.l1_coefficient, both.expansion_factor) == (0.75, 0.25, 8)
+    assert parse(TrainSettings, ["--dataset_name", "imagenet"]).expansion_factor == 64
+    assert parse(TrainSettings, ["--dataset_path", "x"]).expansion_factor == 64
+    by_file = tmp_path / "imagenet.yaml"
+    by_file.write_text("dataset_name: imagenet\n")
+    assert parse(TrainSettings, ["--config", str(by_file)]).expansion_factor == 64
+
+
+def test_tokens_replace_images(tmp_path: Path) -> None:
+    settings = parse(TrainSettings, ["--total_training_tokens", "1000"])
+    assert (settings.total_training_tokens, settings.total_training_images) == (1000, None)
+
+
+@pytest.mark.parametrize(("flag", "value"), [([], False), (["--overwrite"], True), (["--overwrite", "false"], False)])
+def test_switches_may_be_bare(flag: list[str], value: bool) -> None:
+    assert parse(DemoSettings, flag).overwrite is value
+
+
+def test_print_config_makes_a_file_that_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--sae_path", "x.pt", "--threshold", "0.4", "--block_layer", "-3"]
+    with pytest.raises(SystemExit) as ended:
+        parse(ExtractSettings, [*flags, "--print_config"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["threshold"] == 0.4
+    (tmp_path / "made.yaml").write_text(printed)
+    assert parse(ExtractSettings, ["--config", str(tmp_path / "made.yaml")]) == parse(ExtractSettings, flags)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_reads(recipe: Path) -> None:
+    settings = parse(TrainSettings, ["--config", str(recipe)])
+    assert settings.total_training_images == 2_621_440
