@@ -12,11 +12,9 @@ from typing import Any, Literal, NoReturn, TypeVar
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from patchsae_ray.errors import UserError, first_line, nearest
+from patchsae_ray.names import BDecInit, Device, Precision, Schedules, Tokens, VitType
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-VitType = Literal["base", "maple"]
-Tokens = Literal["all", "image", "patch", "cls"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +94,9 @@ class ModelSettings(DataSettings):
     """Vision block whose output is read, negative from the end; default: the SAE checkpoint's, or -2 when training."""
     batch_size: int = 64
     """Images a forward pass."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where the model runs; auto takes the cluster's GPUs if it has any."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Of CLIP and the SAE's products; auto is bf16 on a GPU and fp32 on a CPU."""
 
 
@@ -124,14 +122,7 @@ class TrainSettings(ModelSettings):
     """Adam's learning rate."""
     l1_coefficient: float = 8e-5
     """Weight of the latents' L1 norm."""
-    lr_scheduler_name: Literal[
-        "constant",
-        "constantwithwarmup",
-        "linearwarmupdecay",
-        "cosineannealing",
-        "cosineannealingwarmup",
-        "cosineannealingwarmrestarts",
-    ] = "constantwithwarmup"
+    lr_scheduler_name: Schedules = "constantwithwarmup"
     """Course of the learning rate."""
     lr_warm_up_steps: int = 500
     """Steps over which the learning rate rises, for the schedules that rise."""
@@ -143,7 +134,7 @@ class TrainSettings(ModelSettings):
     """Batches without firing after which a latent is dead."""
     mse_cls_coefficient: float = 1.0
     """Weight of the CLS token's reconstruction error."""
-    b_dec_init_method: Literal["geometric_median", "mean", "zeros"] = "geometric_median"
+    b_dec_init_method: BDecInit = "geometric_median"
     """Where the decoder's bias starts: a centre of the first images' tokens, or zero."""
     n_checkpoints: int = 0
     """Checkpoints written on the way, evenly spaced, beside the last one."""

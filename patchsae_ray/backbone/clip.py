@@ -3,7 +3,7 @@
 Shapes: n images, t tokens (CLS, patches row by row, then any prompt tokens), d width, e embedding.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import open_clip
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from patchsae_ray.backbone.config import BackboneConfig, resolve
 from patchsae_ray.backbone.weights import StateDict
 from patchsae_ray.errors import UserError, first_line
+from patchsae_ray.names import Tokens
 
-TokenKind = Literal["all", "image", "patch", "cls"]
 DEFAULT_BLOCK_LAYER = -2
 
 
@@ -63,7 +63,7 @@ class Backbone(nn.Module):
         self.visual.to(dtype)
         return self
 
-    def token_slice(self, kind: TokenKind) -> slice:
+    def token_slice(self, kind: Tokens) -> slice:
         """Which of the t tokens `kind` means: all; image (CLS and patches); patch; cls."""
         image_end = self.num_tokens - self.num_prompt_tokens
         return {

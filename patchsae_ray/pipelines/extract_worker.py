@@ -10,10 +10,10 @@ from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.measure.arrays import Arrays, prefixed
 from patchsae_ray.measure.latents import LatentStatistics
 from patchsae_ray.measure.quality import ReconstructionQuality
+from patchsae_ray.names import Tokens
 from patchsae_ray.pipelines.model import PortableModel
 from patchsae_ray.pipelines.units import StageTimer
 from patchsae_ray.sae.ops import active_latents, reduce_latents, sparse_decode
-from patchsae_ray.settings import Tokens
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-ScheduleName = Literal[
-    "constant",
-    "constantwithwarmup",
-    "linearwarmupdecay",
-    "cosineannealing",
-    "cosineannealingwarmup",
-    "cosineannealingwarmrestarts",
-]
+from patchsae_ray.names import Schedules
 
 
 @dataclass(frozen=True)
@@ -27,7 +19,7 @@ class Schedule:
     - cosineannealingwarmrestarts: half cosines from 1 to 0, `restarts` + 1 of equal length.
     """
 
-    name: ScheduleName
+    name: Schedules
     total_steps: int
     warm_up_steps: int = 500
     restarts: int = 3
@@ -56,7 +48,7 @@ def _restarting(schedule: Schedule, step: int) -> float:
     return _half_cosine((step % length) / length)
 
 
-_FACTORS: dict[ScheduleName, Callable[[Schedule, int], float]] = {
+_FACTORS: dict[Schedules, Callable[[Schedule, int], float]] = {
     "constant": lambda schedule, step: 1.0,
     "constantwithwarmup": _rise,
     "linearwarmupdecay": lambda schedule, step: _rise(schedule, step) * (1.0 - _after_rise(schedule, step)),
