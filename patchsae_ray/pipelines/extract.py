@@ -21,11 +21,10 @@ from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.extract_worker import ExtractTask
 from patchsae_ray.pipelines.model import LoadedModel, load_model
 from patchsae_ray.pipelines.results import ResultFolder, run_key
-from patchsae_ray.pipelines.runner import Made, run_once
+from patchsae_ray.pipelines.runner import Made, Session, run_once
 from patchsae_ray.pipelines.tables import errors_parquet, npy_bytes
 from patchsae_ray.pipelines.units import Pass, stream_partials
 from patchsae_ray.settings import ClassLatentsSettings, ExtractSettings, SaeSettings
-from patchsae_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +121,8 @@ def extract(settings: ExtractSettings) -> dict[str, float]:
         outputs = _outputs(settings, inputs.manifest, run_key(identity), run_key(counts))
         folders[precision] = ResultFolder(feature_folder(settings), "extract", identity, outputs)
 
-    def work(plan: Plan, tracker: Tracker) -> Made:
-        found = run_pass("extract", settings, inputs, plan, settings.top_k, settings.quality_images, settings.seed)
+    def work(session: Session) -> Made:
+        found = run_pass("extract", settings, inputs, session.plan, settings.top_k, settings.quality_images, settings.seed)
         return _made(found, inputs.manifest, _files(settings, found, inputs.manifest))
 
     return _run(settings, folders, work)
@@ -143,17 +142,15 @@ def class_latents(settings: ClassLatentsSettings) -> dict[str, float]:
         outputs = dict.fromkeys((COUNTS_FILE, ERRORS_FILE), run_key(identity))
         folders[precision] = ResultFolder(feature_folder(settings), "class_latents", identity, outputs)
 
-    def work(plan: Plan, tracker: Tracker) -> Made:
-        found = run_pass("class_latents", settings, inputs, plan, top_k=1)
+    def work(session: Session) -> Made:
+        found = run_pass("class_latents", settings, inputs, session.plan, top_k=1)
         files = {COUNTS_FILE: npy_bytes(found.latents.class_counts), ERRORS_FILE: errors_parquet(found.record.bad)}
         return _made(found, inputs.manifest, files)
 
     return _run(settings, folders, work)
 
 
-def _run(
-    settings: ClassLatentsSettings, folders: dict[str, ResultFolder], work: Callable[[Plan, Tracker], Made]
-) -> dict[str, float]:
+def _run(settings: ClassLatentsSettings, folders: dict[str, ResultFolder], work: Callable[[Session], Made]) -> dict[str, float]:
     summary = run_once(settings, folders, work)
     folder = next(iter(folders.values()))
     log_summary(folder.job, summary, folder.uri)

@@ -34,13 +34,17 @@ class ResultFolder:
         job: train, extract, class_latents or steer.
         identity: what the results depend on; its digest is the run key.
         outputs: file name → the key that it must carry to be this run's (the run key, or that of a part of it).
+        elsewhere: the flags that would put another run's results into another folder.
     """
 
     uri: str
     job: str
     identity: Mapping[str, Any]
     outputs: Mapping[str, str]
+    elsewhere: str = "--root_dir or --dataset_name"
     _state: dict[str, Any] = field(default_factory=dict)
+    _written: dict[str, str] = field(default_factory=dict)
+    """File name → digest, of what this run has written so far."""
 
     def __post_init__(self) -> None:
         self._state = read_run_file(self.uri)
@@ -69,7 +73,7 @@ class ResultFolder:
             if not mine and not overwrite and storage.exists(storage.join(self.uri, name)):
                 raise UserError(
                     f"{storage.join(self.uri, name)} is another run's ({self._difference(name)}); "
-                    "--overwrite would replace it, another --root_dir or --dataset_name would keep both"
+                    f"--overwrite would replace it, another {self.elsewhere} would keep both"
                 )
 
     def _key_of(self, name: str) -> str | None:
@@ -88,25 +92,38 @@ class ResultFolder:
         key = differing[0]
         return f"{key} {_short(theirs[key])} there, {_short(self.identity[key])} here"
 
-    def commit(self, files: Mapping[str, bytes], record: Mapping[str, Any]) -> None:
-        """Write the files, then run.json. What this job wrote before under another key and does not write now goes."""
-        if set(files) != set(self.outputs):
-            raise ValueError(f"outputs {sorted(self.outputs)} announced, {sorted(files)} given")
+    def write(self, name: str, data: bytes) -> None:
+        """Write one output. It counts once the run is committed; until then it is this run's unfinished business."""
+        if name not in self.outputs:
+            raise ValueError(f"{name} is not among the outputs announced")
+        if not self._written:
+            self._begin()
+        storage.write_bytes(storage.join(self.uri, name), data)
+        self._written[name] = storage.digest([data])
+
+    def _begin(self) -> None:
+        """Say what is about to be written; what this job wrote under another key and does not write now goes."""
         known: dict[str, Any] = dict(self._state.get("files", {}))
-        stale = [name for name, entry in known.items() if entry["job"] == self.job and name not in files]
-        for name in [*stale, *files]:
+        stale = [name for name, entry in known.items() if entry["job"] == self.job and name not in self.outputs]
+        for name in [*stale, *self.outputs]:
             known.pop(name, None)
         runs = {key: value for key, value in self._state.get("runs", {}).items() if key != self.job}
-        self._write({"files": known, "runs": runs, "pending": dict(self.outputs)})
+        self._save({"files": known, "runs": runs, "pending": dict(self.outputs)})
         for name in stale:
             storage.remove(storage.join(self.uri, name))
-        for name, data in files.items():
-            storage.write_bytes(storage.join(self.uri, name), data)
-            known[name] = {"key": self.outputs[name], "job": self.job, "sha256": storage.digest([data])}
-        runs[self.job] = {"run_key": run_key(self.identity), "identity": dict(self.identity), **record}
-        self._write({"files": known, "runs": runs})
 
-    def _write(self, state: dict[str, Any]) -> None:
+    def commit(self, record: Mapping[str, Any]) -> None:
+        """Declare the run finished; every output must have been written."""
+        missing = set(self.outputs) - set(self._written)
+        if missing:
+            raise ValueError(f"not written: {', '.join(sorted(missing))}")
+        files = dict(self._state["files"])
+        for name, sha256 in self._written.items():
+            files[name] = {"key": self.outputs[name], "job": self.job, "sha256": sha256}
+        made = {"run_key": run_key(self.identity), "identity": dict(self.identity), **record}
+        self._save({"files": files, "runs": {**self._state["runs"], self.job: made}})
+
+    def _save(self, state: dict[str, Any]) -> None:
         self._state = {"format": FORMAT, "version": __version__, **state}
         text = json.dumps(self._state, indent=1, sort_keys=True, default=str) + "\n"
         storage.write_bytes(storage.join(self.uri, RUN_FILE), text.encode())

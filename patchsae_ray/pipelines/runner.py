@@ -19,7 +19,7 @@ class Made:
     """What a job's work came to."""
 
     files: Mapping[str, bytes]
-    """File name → content, the outputs that the folder announced."""
+    """File name → content: the outputs that the work has not written itself."""
     summary: dict[str, Any]
     """What the job returns, and a later run of the same gets from run.json."""
     metrics: Mapping[str, float]
@@ -32,15 +32,22 @@ class Made:
     """Digests of what was made."""
 
 
-def run_once(
-    settings: ModelSettings, folders: Mapping[str, ResultFolder], work: Callable[[Plan, Tracker], Made]
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Session:
+    """What the work is given."""
+
+    plan: Plan
+    tracker: Tracker
+    folder: ResultFolder
+
+
+def run_once(settings: ModelSettings, folders: Mapping[str, ResultFolder], work: Callable[[Session], Made]) -> dict[str, Any]:
     """Do a job's work unless it is done already. Returns its summary.
 
     Args:
         settings: the job's settings.
         folders: precision → the results folder as that precision's run.
-        work: what is done with the cluster and the MLflow run.
+        work: what is done with the cluster, the MLflow run and the folder.
 
     Raises: UserError where the folder holds another run's results, no cluster answers, or the work finds a fault.
     """
@@ -52,7 +59,7 @@ def run_once(
     folder = folders[plan.precision]
     with tracked(settings.root_dir, folder.job, as_dict(settings)) as tracker:
         tracker.tags({**folder.identity, "run_key": run_key(folder.identity), "results": folder.uri})
-        made = work(plan, tracker)
+        made = work(Session(plan, tracker, folder))
         common = {
             "settings": as_dict(settings),
             "device": plan.device,
@@ -60,8 +67,10 @@ def run_once(
             "mlflow_run": tracker.run_id,
             "summary": made.summary,
         }
-        folder.commit(made.files, {**common, **made.record, **made.tags})
+        for name, data in made.files.items():
+            folder.write(name, data)
+        folder.commit({**common, **made.record, **made.tags})
         tracker.tags(made.tags)
         tracker.metrics(made.metrics, made.step)
-        tracker.files(folder.uri, [*made.files, RUN_FILE])
+        tracker.files(folder.uri, [*folder.outputs, RUN_FILE])
     return made.summary

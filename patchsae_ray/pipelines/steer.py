@@ -18,12 +18,11 @@ from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.extract import Inputs, read_inputs
 from patchsae_ray.pipelines.model import LoadedModel
 from patchsae_ray.pipelines.results import ResultFolder, record_of_file, run_key
-from patchsae_ray.pipelines.runner import Made, run_once
+from patchsae_ray.pipelines.runner import Made, Session, run_once
 from patchsae_ray.pipelines.steer_worker import SteerTask
 from patchsae_ray.pipelines.tables import errors_parquet
 from patchsae_ray.pipelines.units import Pass, stream_partials
 from patchsae_ray.settings import SteerSettings
-from patchsae_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +135,8 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
         names = [*_metric_files(inputs.rankings).values(), CURVE_FILE, "errors.parquet"]
         folders[precision] = ResultFolder(uri, "steer", identity, dict.fromkeys(names, run_key(identity)))
 
-    def work(plan: Plan, tracker: Tracker) -> Made:
-        accuracy, kept = run_steering(settings, inputs, plan)
+    def work(session: Session) -> Made:
+        accuracy, kept = run_steering(settings, inputs, session.plan)
         curves = _curves(accuracy, inputs.ks)
         counts_from = record_of_file(settings.cls_wise_sae_activation_path)
         made_by = {"counts_run_key": counts_from["run_key"] if counts_from else None}

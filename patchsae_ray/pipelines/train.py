@@ -19,18 +19,16 @@ from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.shuffle import unit_order
 from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines import cluster
-from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.model import LoadedModel, load_model
 from patchsae_ray.pipelines.progress import LINE_SECONDS, progress_line
 from patchsae_ray.pipelines.results import ResultFolder, run_key
-from patchsae_ray.pipelines.runner import Made, run_once
+from patchsae_ray.pipelines.runner import Made, Session, run_once
 from patchsae_ray.pipelines.tables import errors_parquet
 from patchsae_ray.pipelines.train_worker import Message, TrainTask, checkpoint_steps, train_units
 from patchsae_ray.pipelines.units import Pass
 from patchsae_ray.sae.checkpoint import safetensors_bytes, torch_bytes
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.settings import TrainSettings, as_dict
-from patchsae_ray.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -45,28 +43,28 @@ def train(settings: TrainSettings) -> dict[str, float]:
     model = load_model(settings)
     manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, settings.classnames)
     total_images = images_to_train_on(settings, model)
-    uri = checkpoint_folder(settings, model, total_images)
+    uri = checkpoint_folder(settings, model, manifest, total_images)
     folders = {}
     for precision in cluster.possible_precisions(settings.precision):
         identity = _identity(settings, model, manifest, precision, total_images)
         names = ["sae.pt", "sae.safetensors", "errors.parquet", *_checkpoint_names(settings, total_images)]
-        folders[precision] = ResultFolder(uri, "train", identity, dict.fromkeys(names, run_key(identity)))
+        outputs = dict.fromkeys(names, run_key(identity))
+        folders[precision] = ResultFolder(uri, "train", identity, outputs, elsewhere="--run_name")
 
-    def work(plan: Plan, tracker: Tracker) -> Made:
-        return run_training(settings, model, manifest, total_images, plan, tracker)
+    def work(session: Session) -> Made:
+        return run_training(settings, model, manifest, total_images, session)
 
     summary = run_once(settings, folders, work)
     log_summary(summary, uri)
     return summary
 
 
-def run_training(
-    settings: TrainSettings, model: LoadedModel, manifest: Manifest, total_images: int, plan: Plan, tracker: Tracker
-) -> Made:
-    """Run the trainer on Ray and take its messages.
+def run_training(settings: TrainSettings, model: LoadedModel, manifest: Manifest, total_images: int, session: Session) -> Made:
+    """Run the trainer on Ray and take its messages; checkpoints on the way are written as they come.
 
     Raises: UserError past `--max_bad_fraction` or where the loss stops being finite.
     """
+    plan = session.plan
     epochs = math.ceil(total_images / max(1, int(manifest.num_images * (1 - settings.max_bad_fraction))))
     order = tuple(unit_order(len(manifest.units), epochs, settings.seed))
     task = TrainTask(model.portable(plan.precision), settings, total_images, order)
@@ -77,22 +75,22 @@ def run_training(
     remote = ray.remote(train_units).options(num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus, max_retries=0)
     kept = Pass(settings.max_bad_fraction, manifest.num_images)
     config = checkpoint_config(settings, model, total_images)
-    files: dict[str, bytes] = {}
     progress = _TrainProgress(total_images)
     for reference in remote.remote(ray.put(task), manifest, model.config.image_size, plan):
         message: Message = _get(reference)
         kept.bad.extend(message.bad)
         kept.check()
-        tracker.metrics({f"train_{name}": value for name, value in message.metrics.items()}, message.step)
+        session.tracker.metrics({f"train_{name}": value for name, value in message.metrics.items()}, message.step)
         progress.show(message)
         if message.weights is not None:
             sae = _autoencoder(message.weights)
-            files.update(_checkpoint_files(sae, message, config))
+            for name, data in _checkpoint_files(sae, message, config).items():
+                session.folder.write(name, data)
     kept.seconds, kept.actor_peak_bytes = message.seconds, message.peak_bytes
-    files["errors.parquet"] = errors_parquet(kept.bad)
     summary = _summary(message, kept)
     record = {"source": manifest.source, **kept.record()}
     made = {"sae": state_digest(sae.state_dict())}
+    files = {"errors.parquet": errors_parquet(kept.bad)}
     return Made(files, summary, summary, record, step=message.step, tags=made)
 
 
@@ -161,12 +159,13 @@ def _patch_size(model: LoadedModel) -> int:
     return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
-def checkpoint_folder(settings: TrainSettings, model: LoadedModel, total_images: int) -> str:
-    """{root_dir}/out/checkpoints/{run_name}; a name made of the settings where none is given."""
+def checkpoint_folder(settings: TrainSettings, model: LoadedModel, manifest: Manifest, total_images: int) -> str:
+    """{root_dir}/out/checkpoints/{run_name}; where none is given, a name made of the settings with a digest of them all."""
+    everything = run_key(_identity(settings, model, manifest, settings.precision, total_images))
     backbone = model.config.name.rsplit("/", 1)[-1].removesuffix(".json")
     made = (
         f"{settings.dataset_name}_{backbone}_block{model.block_layer}_{settings.tokens}_x{settings.expansion_factor}"
-        f"_l1{settings.l1_coefficient:g}_lr{settings.lr:g}_{total_images}images_seed{settings.seed}"
+        f"_l1{settings.l1_coefficient:g}_lr{settings.lr:g}_{total_images}images_seed{settings.seed}_{everything[:6]}"
     )
     return storage.join(settings.root_dir, "out", "checkpoints", settings.run_name or made)
 
@@ -208,7 +207,6 @@ def _identity(
         **model.identity(precision),
         "manifest": manifest.digest,
         "total_images": total_images,
-        "max_bad_fraction": settings.max_bad_fraction,
         **recipe,
     }
 

@@ -1,0 +1,88 @@
+"""A results folder: done, refused, unfinished, overwritten."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from patchsae_ray.errors import UserError
+from patchsae_ray.pipelines.results import ResultFolder, finished, read_run_file, record_of_file, run_key
+
+
+def folder(path: Path, outputs: tuple[str, ...] = ("a.bin", "b.bin"), **identity: object) -> ResultFolder:
+    return ResultFolder(str(path), "extract", identity, dict.fromkeys(outputs, run_key(identity)))
+
+
+def make(one: ResultFolder, content: bytes = b"x") -> None:
+    for name in one.outputs:
+        one.write(name, content + name.encode())
+    one.commit({"summary": {"n": 1.0}})
+
+
+def test_done_after_commit_and_not_before(tmp_path: Path) -> None:
+    one = folder(tmp_path, threshold=0.2)
+    one.write("a.bin", b"1")
+    assert not folder(tmp_path, threshold=0.2).done()
+    one.write("b.bin", b"2")
+    assert not folder(tmp_path, threshold=0.2).done()
+    one.commit({"summary": {}})
+    assert folder(tmp_path, threshold=0.2).done()
+    (tmp_path / "b.bin").unlink()
+    assert not folder(tmp_path, threshold=0.2).done()
+
+
+def test_an_unfinished_run_is_taken_up_by_the_same_run_alone(tmp_path: Path) -> None:
+    folder(tmp_path, threshold=0.2).write("a.bin", b"half")
+    folder(tmp_path, threshold=0.2).check(overwrite=False)
+    with pytest.raises(UserError, match=r"a.bin is another run's"):
+        folder(tmp_path, threshold=0.3).check(overwrite=False)
+
+
+def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
+    make(folder(tmp_path, threshold=0.2, sae="s"))
+    with pytest.raises(UserError, match=r"threshold 0.2 there, 0.3 here.*--overwrite would replace it, another --root_dir"):
+        folder(tmp_path, threshold=0.3, sae="s").check(overwrite=False)
+    folder(tmp_path, threshold=0.3, sae="s").check(overwrite=True)
+
+
+def test_overwriting_drops_what_the_new_run_does_not_make(tmp_path: Path) -> None:
+    make(folder(tmp_path, threshold=0.2))
+    (tmp_path / "notes.txt").write_text("mine")
+    make(folder(tmp_path, ("a.bin",), threshold=0.3), b"new")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", "run.json", "notes.txt"}
+    assert folder(tmp_path, ("a.bin",), threshold=0.3).done()
+    assert not folder(tmp_path, threshold=0.2).done()
+
+
+def test_commit_needs_every_output(tmp_path: Path) -> None:
+    one = folder(tmp_path, threshold=0.2)
+    one.write("a.bin", b"1")
+    with pytest.raises(ValueError, match=r"not written: b\.bin"):
+        one.commit({})
+    with pytest.raises(ValueError, match=r"c\.bin is not among"):
+        one.write("c.bin", b"1")
+
+
+def test_any_precision_that_auto_may_mean_counts_as_done(tmp_path: Path) -> None:
+    make(folder(tmp_path, precision="bf16"))
+    seen = finished({name: folder(tmp_path, precision=name) for name in ("fp32", "bf16")}, overwrite=False)
+    assert seen is not None
+    assert seen.record()["summary"] == {"n": 1.0}
+    with pytest.raises(UserError, match="precision bf16 there, fp32 here"):
+        finished({"fp32": folder(tmp_path, precision="fp32")}, overwrite=False)
+
+
+def test_the_record_of_a_file(tmp_path: Path) -> None:
+    make(folder(tmp_path, threshold=0.2))
+    record = record_of_file(str(tmp_path / "a.bin"))
+    assert record is not None
+    assert record["identity"] == {"threshold": 0.2}
+    assert record_of_file(str(tmp_path / "other.bin")) is None
+    assert record_of_file(str(tmp_path / "nowhere" / "a.bin")) is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", json.dumps({"format": 99})])
+def test_damaged_run_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.json"):
+        read_run_file(str(tmp_path))
