@@ -3,6 +3,7 @@
 import sys
 
 from patchsae_ray.cli import run_job
+from patchsae_ray.data.catalog import train_defaults
 from patchsae_ray.settings import TrainSettings
 
 
@@ -13,4 +14,4 @@ def main(settings: TrainSettings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(TrainSettings, main))
+    sys.exit(run_job(TrainSettings, main, defaults=train_defaults))

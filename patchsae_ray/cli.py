@@ -6,18 +6,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from patchsae_ray.errors import UserError
-from patchsae_ray.settings import RunSettings, parse
+from patchsae_ray.settings import Defaults, RunSettings, parse
 
 S = TypeVar("S", bound=RunSettings)
 
 
-def run_job(settings_class: type[S], run: Callable[[S], Any], arguments: Sequence[str] | None = None) -> int:
+def run_job(
+    settings_class: type[S],
+    run: Callable[[S], Any],
+    arguments: Sequence[str] | None = None,
+    defaults: Defaults | None = None,
+) -> int:
     """Parse the command line and run a job. Returns the exit code: 0, 2 for a UserError, 130 after an interrupt."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     for noisy in ("fsspec", "botocore", "aiobotocore", "urllib3", "httpx", "matplotlib", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        run(parse(settings_class, arguments))
+        run(parse(settings_class, arguments, defaults))
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130

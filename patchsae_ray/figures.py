@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from patchsae_ray.data.images import BadImage, decode
 from patchsae_ray.data.manifest import Manifest
-from patchsae_ray.data.units import read_unit
+from patchsae_ray.data.units import read_image
 from patchsae_ray.measure.latents import LatentResult
 
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
@@ -72,14 +72,11 @@ def _class_name(manifest: Manifest, label: int) -> str:
 def thumbnails(manifest: Manifest, positions: set[int]) -> dict[int, np.ndarray]:
     """Small pictures of the images at these positions, read again from the source."""
     found: dict[int, np.ndarray] = {}
-    for unit in manifest.units:
-        if any(unit.start <= position < unit.start + unit.count for position in positions):
-            for position, raw in enumerate(read_unit(unit, manifest.reading), start=unit.start):
-                if position in positions:
-                    try:
-                        found[position] = decode(raw.data, _THUMBNAIL)
-                    except BadImage:
-                        continue
+    for position in sorted(positions):
+        try:
+            found[position] = decode(read_image(manifest, position).data, _THUMBNAIL)
+        except BadImage:
+            continue
     return found
 
 

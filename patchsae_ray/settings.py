@@ -5,7 +5,7 @@ jsonargparse makes the flags, `--help` and `--print_config` from these dataclass
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -40,6 +40,11 @@ class RunSettings:
                 raise UserError(f"--{name} {value}: {wanted} would be right")
 
 
+def _check_folder_name(flag: str, name: str) -> None:
+    if not name.strip() or "/" in name or "\\" in name or name.startswith("."):
+        raise UserError(f"--{flag} {name!r}: one folder name, without slashes and not beginning with a dot")
+
+
 _BOUNDS: dict[str, tuple[float, float]] = {
     "batch_size": (1, math.inf),
     "dead_feature_window": (1, math.inf),
@@ -70,10 +75,12 @@ class DataSettings(RunSettings):
     """Your own images: a folder, Parquet file(s) or WebDataset tar(s), local or any fsspec URI."""
     split: str | None = None
     """Split of the data set; default: the catalog entry's, or everything under --dataset_path."""
-    classnames: str | None = None
-    """JSON list or text file (one a line) of class names; default: the data set's own."""
     max_bad_fraction: float = 0.01
     """Share of unreadable images up to which the job goes on; they are listed in errors.parquet."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_folder_name("dataset_name", self.dataset_name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +113,8 @@ class SaeSettings(ModelSettings):
 
     sae_path: str
     """SAE checkpoint, PatchSAE's .pt or .safetensors."""
+    classnames: str | None = None
+    """JSON list or text file (one a line) of class names; default: the data set's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +158,10 @@ class TrainSettings(ModelSettings):
         super().__post_init__()
         if self.total_training_images is not None and self.total_training_tokens is not None:
             raise UserError("--total_training_images and --total_training_tokens: give one of them")
-        if self.run_name is not None and (not self.run_name.strip() or "/" in self.run_name or self.run_name.startswith(".")):
-            raise UserError(f"--run_name {self.run_name!r}: one folder name, without / and not beginning with a dot")
+        if self.run_name is not None:
+            _check_folder_name("run_name", self.run_name)
+        if self.tokens == "patch" and self.mse_cls_coefficient != 1:
+            raise UserError("--mse_cls_coefficient weighs the CLS token, which --tokens patch leaves out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,36 +262,23 @@ def _boolean_fields(settings_class: type[RunSettings]) -> set[str]:
     return {field.name for field in fields(settings_class) if field.type in (bool, "bool")}
 
 
-def parse(settings_class: type[S], arguments: Sequence[str] | None = None) -> S:
-    """Command line → settings.
+Defaults = Callable[[Any], dict[str, Any]]
+"""Settings by flags and file alone → better defaults for some of the fields."""
 
-    For training, the data set's own defaults (`train_defaults` in its catalog entry) come before PatchSAE's.
-    """
+
+def parse(settings_class: type[S], arguments: Sequence[str] | None = None, defaults: Defaults | None = None) -> S:
+    """Command line → settings. Flags win over --config, --config over `defaults`, those over the fields' own."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser(settings_class)
-    if issubclass(settings_class, TrainSettings):
-        first = parser.parse_args(arguments)
-        parser.set_defaults(train_defaults(first.dataset_name, first.dataset_path, first.total_training_tokens))
-    parsed = parser.parse_args(arguments)
-    values = {field.name: parsed[field.name] for field in fields(settings_class)}
-    return settings_class(**values)
+    if defaults is not None:
+        shows = ("--print_config", "--help", "-h")  # shown once the defaults are in
+        first = parser.parse_args([argument for argument in arguments if not argument.startswith(shows)])
+        parser.set_defaults(defaults(_from_namespace(settings_class, first)))
+    return _from_namespace(settings_class, parser.parse_args(arguments))
 
 
-def train_defaults(dataset_name: str, dataset_path: str | None, total_training_tokens: int | None) -> dict[str, Any]:
-    """The catalog entry's `train_defaults`.
-
-    Raises: UserError that names a key which is no training setting.
-    """
-    from patchsae_ray.data.catalog import find_entry
-
-    entry = None if dataset_path else find_entry(dataset_name)
-    defaults = dict(entry.train_defaults) if entry else {}
-    known = [field.name for field in fields(TrainSettings)]
-    for key in defaults:
-        if key not in known:
-            raise UserError(f"configs/datasets/{dataset_name}.yaml: train_defaults has no {key!r}{nearest(key, known)}")
-    if total_training_tokens is not None:
-        defaults.pop("total_training_images", None)
-    return defaults
+def _from_namespace(settings_class: type[S], parsed: Any) -> S:
+    return settings_class(**{field.name: parsed[field.name] for field in fields(settings_class)})
 
 
 def as_dict(settings: RunSettings) -> dict[str, Any]:

@@ -4,14 +4,15 @@ import hashlib
 import os
 import posixpath
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from patchsae_ray.errors import UserError
+from patchsae_ray.errors import UserError, first_line
 
 
 def join(root: str, *parts: str) -> str:
@@ -20,24 +21,85 @@ def join(root: str, *parts: str) -> str:
 
 
 def is_local(uri: str) -> bool:
+    """Whether a path or URI lies on this machine."""
     return "://" not in uri or uri.startswith("file://")
 
 
 def _filesystem(uri: str) -> tuple[Any, str]:
     try:
         return url_to_fs(uri)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"cannot open {uri}: {error}") from error
+    except Exception as error:
+        raise UserError(f"cannot open {uri}: {first_line(error)}") from error
+
+
+@contextmanager
+def _reaching(uri: str) -> Iterator[None]:
+    """Whatever a file system raises (each client has types of its own) → one line that names the URI."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {uri}") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{uri} is a folder, not a file") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"cannot write {uri}: a file is where a folder should be") from error
+    except PermissionError as error:
+        raise UserError(f"no permission for {uri}: {first_line(error)}") from error
+    except Exception as error:
+        raise UserError(f"cannot reach {uri}: {first_line(error)}") from error
+
+
+def absolute(uri: str) -> str:
+    """A local path made absolute, so that it means the same in every process; a URI as it is."""
+    return uri if "://" in uri else os.path.abspath(uri)  # noqa: PTH100 - Path.resolve would follow links
 
 
 def exists(uri: str) -> bool:
+    """Whether a file or folder is there.
+
+    Raises: UserError where the store cannot be reached.
+    """
     filesystem, path = _filesystem(uri)
-    return bool(filesystem.exists(path))
+    with _reaching(uri):
+        return bool(filesystem.exists(path))
 
 
 def is_directory(uri: str) -> bool:
+    """Whether a folder is there.
+
+    Raises: UserError where the store cannot be reached.
+    """
     filesystem, path = _filesystem(uri)
-    return bool(filesystem.isdir(path))
+    with _reaching(uri):
+        return bool(filesystem.isdir(path))
+
+
+def size(uri: str) -> int:
+    """Bytes of a file.
+
+    Raises: UserError where there is no such file.
+    """
+    filesystem, path = _filesystem(uri)
+    with _reaching(uri):
+        return int(filesystem.size(path))
+
+
+def check_writable(folder: str) -> None:
+    """See that a local folder can be written, or made; nothing is made yet. A remote one shows itself at the first write.
+
+    Raises: UserError where it cannot.
+    """
+    if not folder:
+        raise UserError("--root_dir is empty; a folder or URI is needed")
+    if not is_local(folder):
+        return
+    nearest = Path(folder.removeprefix("file://")).absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--root_dir {folder}: {nearest} is no folder that can be written")
 
 
 def open_read(uri: str) -> IO[bytes]:
@@ -45,23 +107,25 @@ def open_read(uri: str) -> IO[bytes]:
 
     Raises: UserError where there is no such file or it may not be read.
     """
-    try:
+    with _reaching(uri):
         opened: IO[bytes] = fsspec.open(uri, "rb").open()
         return opened
-    except FileNotFoundError as error:
-        raise UserError(f"no such file: {uri}") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{uri} is a folder, not a file") from error
-    except PermissionError as error:
-        raise UserError(f"no permission to read {uri}") from error
 
 
 def read_bytes(uri: str) -> bytes:
-    with open_read(uri) as file:
+    """A whole file.
+
+    Raises: UserError as `open_read`.
+    """
+    with open_read(uri) as file, _reaching(uri):
         return file.read()
 
 
 def read_text(uri: str) -> str:
+    """A whole file as UTF-8.
+
+    Raises: UserError as `open_read`, or where it is no text.
+    """
     try:
         return read_bytes(uri).decode()
     except UnicodeDecodeError as error:
@@ -74,7 +138,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     Local files go through a temporary file and a rename; a put to an object store is atomic by itself.
     """
     filesystem, path = _filesystem(uri)
-    try:
+    with _reaching(uri):
         if not is_local(uri):
             filesystem.pipe_file(path, data)
             return
@@ -93,17 +157,17 @@ def write_bytes(uri: str, data: bytes) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-    except PermissionError as error:
-        raise UserError(f"no permission to write {uri}") from error
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"cannot write {uri}: a file is where a folder should be") from error
 
 
 def remove(uri: str) -> None:
-    """Remove a file if it is there."""
+    """Remove a file if it is there.
+
+    Raises: UserError where the store refuses.
+    """
     filesystem, path = _filesystem(uri)
-    if filesystem.exists(path):
-        filesystem.rm_file(path)
+    with _reaching(uri):
+        if filesystem.exists(path):
+            filesystem.rm_file(path)
 
 
 def list_files(uri: str) -> list[tuple[str, int]]:
@@ -112,11 +176,25 @@ def list_files(uri: str) -> list[tuple[str, int]]:
     Raises: UserError where there is no such folder.
     """
     filesystem, root = _filesystem(uri)
-    if not filesystem.isdir(root):
-        raise UserError(f"no such folder: {uri}")
-    root = root.rstrip("/")
-    found = filesystem.find(root, detail=True)
+    with _reaching(uri):
+        if not filesystem.isdir(root):
+            raise UserError(f"no such folder: {uri}")
+        root = root.rstrip("/")
+        found = filesystem.find(root, detail=True)
     return sorted((path[len(root) + 1 :], int(info.get("size") or 0)) for path, info in found.items())
+
+
+def glob_files(pattern: str) -> tuple[str, list[tuple[str, int]]]:
+    """(folder before the first `*`, files as `list_files` gives them) of a pattern.
+
+    Raises: UserError where the store cannot be reached.
+    """
+    filesystem, full = _filesystem(pattern)
+    with _reaching(pattern):
+        found = filesystem.glob(full, detail=True)
+    root = posixpath.dirname(full.split("*")[0])
+    files = sorted((path[len(root) + 1 :], int(info["size"])) for path, info in found.items())
+    return posixpath.dirname(pattern.split("*")[0]), files
 
 
 def digest(parts: Iterable[Any]) -> str:

@@ -52,33 +52,39 @@ class Tracker:
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Digests and other facts, one tag each."""
-        for key, value in values.items():
-            self._client.set_tag(self.run_id, key, str(value)[:5000])
+        with self._carrying_on("tags"):
+            for key, value in values.items():
+                self._client.set_tag(self.run_id, key, str(value)[:5000])
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Numbers under stable names."""
-        for key, value in values.items():
-            self._client.log_metric(self.run_id, key, float(value), step=step)
-
-    def file(self, uri: str) -> None:
-        """A result file: copied as an artifact, or named by a tag where it is large."""
-        data = storage.read_bytes(uri)
-        name = Path(uri).name
-        self._client.set_tag(self.run_id, f"uri.{name}", uri)
-        if len(data) <= MAX_ARTIFACT_BYTES:
-            with tempfile.TemporaryDirectory() as folder:
-                copy = Path(folder) / name
-                copy.write_bytes(data)
-                self._client.log_artifact(self.run_id, str(copy))
+        with self._carrying_on("metrics"):
+            for key, value in values.items():
+                self._client.log_metric(self.run_id, key, float(value), step=step)
 
     def files(self, folder: str, names: Iterable[str]) -> None:
-        """Result files of a folder."""
-        for name in names:
-            self.file(storage.join(folder, name))
+        """Result files of a folder: copied as artifacts, or named by a tag where they are large."""
+        with self._carrying_on("files"), tempfile.TemporaryDirectory() as copies:
+            for name in names:
+                uri = storage.join(folder, name)
+                self._client.set_tag(self.run_id, f"uri.{name}", uri)
+                if storage.size(uri) <= MAX_ARTIFACT_BYTES:
+                    copy = Path(copies) / name
+                    copy.write_bytes(storage.read_bytes(uri))
+                    self._client.log_artifact(self.run_id, str(copy))
 
     def finish(self, status: str) -> None:
         """Close the run as FINISHED, FAILED or KILLED."""
-        self._client.set_terminated(self.run_id, status)
+        with self._carrying_on("the end"):
+            self._client.set_terminated(self.run_id, status)
+
+    @contextmanager
+    def _carrying_on(self, what: str) -> Iterator[None]:
+        """A tracking server that fails once the run is open costs a line in the log, not the work."""
+        try:
+            yield
+        except Exception as error:
+            log.warning("MLflow: %s of run %s not logged: %s", what, self.run_id, first_line(error))
 
 
 @contextmanager
@@ -98,6 +104,6 @@ def _store(root_dir: str) -> tuple[str, str | None]:
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if given:
         return given, None
-    folder = Path(root_dir if storage.is_local(root_dir) else ".").resolve()
+    folder = Path(root_dir.removeprefix("file://") if storage.is_local(root_dir) else ".").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{folder / 'mlflow.db'}", (folder / "mlruns").as_uri()

@@ -164,8 +164,20 @@ def _empty_clip(config: BackboneConfig) -> Any:
         raise UserError(f"--backbone {config.name} is no model that open_clip can build: {first_line(error)}") from error
 
 
-def _fill(module: nn.Module, weights: StateDict, config: BackboneConfig) -> None:
-    weights = {name: value.to(torch.float32) for name, value in weights.items()}
+def check_weights(config: BackboneConfig, state_dict: StateDict, text: bool) -> None:
+    """See that the weights fit the vision tower, and the text tower where it is needed; nothing is built.
+
+    Raises: UserError that names the first tensor that does not fit.
+    """
+    model = _empty_clip(config)
+    if text:
+        custom_text = bool(config.model.get("custom_text", False))
+        _check_fit(model, convert_to_custom_text_state_dict(state_dict) if custom_text else state_dict, config)
+    else:
+        _check_fit(model.visual, vision_state(state_dict, keep_prefix=False), config)
+
+
+def _check_fit(module: nn.Module, weights: StateDict, config: BackboneConfig) -> None:
     wanted = dict(module.named_parameters())
     for name in sorted(wanted):
         if name not in weights:
@@ -176,7 +188,11 @@ def _fill(module: nn.Module, weights: StateDict, config: BackboneConfig) -> None
     unknown = sorted(set(weights) - set(module.state_dict()))
     if unknown:
         raise UserError(f"--clip_weights: {unknown[0]} and {len(unknown) - 1} more are unknown to --backbone {config.name}")
-    module.load_state_dict(weights, strict=False, assign=True)
+
+
+def _fill(module: nn.Module, weights: StateDict, config: BackboneConfig) -> None:
+    _check_fit(module, weights, config)
+    module.load_state_dict({name: value.to(torch.float32) for name, value in weights.items()}, strict=False, assign=True)
     module.eval().requires_grad_(False)
 
 

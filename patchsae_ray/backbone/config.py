@@ -33,6 +33,10 @@ class BackboneConfig:
 
     @property
     def image_size(self) -> int:
+        """Side of the square images, in pixels.
+
+        Raises: UserError where the model wants images that are not square.
+        """
         size = self.model["vision_cfg"].get("image_size", 224)
         if isinstance(size, (list, tuple)):
             if size[0] != size[1]:
@@ -44,7 +48,19 @@ class BackboneConfig:
 
     @property
     def width(self) -> int:
+        """d of the vision tower."""
         return int(self.model["vision_cfg"].get("width", 768))
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the vision tower."""
+        return int(self.model["vision_cfg"].get("layers", 12))
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens an image."""
+        size = self.model["vision_cfg"].get("patch_size", 16)
+        return int((self.image_size // int(size[0] if isinstance(size, (list, tuple)) else size)) ** 2)
 
 
 def strip_openai(model_name: str) -> str:
@@ -96,6 +112,9 @@ def _model_config(model: str, backbone: str) -> dict[str, Any]:
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config if isinstance(config, dict) else ())
         if missing:
             raise UserError(f"--backbone {backbone} is no open_clip model config: {', '.join(sorted(missing))} missing")
+        for part in ("vision_cfg", "text_cfg"):
+            if not isinstance(config[part], dict):
+                raise UserError(f"--backbone {backbone} is no open_clip model config: {part} is no mapping")
         return dict(config)
     config = open_clip.get_model_config(model)
     if config is None:
@@ -110,6 +129,8 @@ def _check_supported(config: BackboneConfig) -> None:
         raise UserError(f"--backbone {config.name}: its vision tower is not open_clip's own ViT, which is what is read here")
     if text.get("hf_model_name") or "multimodal_cfg" in config.model:
         raise UserError(f"--backbone {config.name}: only CLIP with open_clip's own text tower is read here")
+    if text.get("hf_tokenizer_name") or text.get("tokenizer_kwargs"):
+        raise UserError(f"--backbone {config.name}: it needs a tokenizer of its own; only CLIP's tokenizer is built here")
 
 
 def _from_tag(backbone: str, tag_name: str, tag: dict[str, Any]) -> Weights:

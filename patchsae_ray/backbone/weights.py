@@ -52,7 +52,7 @@ class Weights:
 
     state_dict: StateDict
     source: str
-    """Where it came from, for the log and run.json."""
+    """Where it came from, for the log."""
     quick_gelu: bool | None = None
     """What the source says of the activation; None where it says nothing and the model config decides."""
 
@@ -113,9 +113,13 @@ def _read_torch(file: Path) -> StateDict:
 
 
 def _clean(state_dict: StateDict, source: str) -> StateDict:
-    """Without a DDP wrapper's prefix and without what is no weight."""
+    """In float32, without a DDP wrapper's prefix and without what is no weight."""
     names = (name.removeprefix("module.") for name in state_dict)
-    cleaned = {name: value for name, value in zip(names, state_dict.values(), strict=True) if name not in _NOT_WEIGHTS}
+    cleaned = {
+        name: value.detach().to(torch.float32)
+        for name, value in zip(names, state_dict.values(), strict=True)
+        if name not in _NOT_WEIGHTS
+    }
     if "visual.class_embedding" not in cleaned:
         raise UserError(f"{source} holds no CLIP vision transformer: 'visual.class_embedding' is missing")
     return cleaned

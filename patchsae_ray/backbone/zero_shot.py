@@ -28,9 +28,10 @@ def text_embeddings(
     model: Any = clip
     length = config.model["text_cfg"].get("context_length", 77)
     tokenizer = open_clip.SimpleTokenizer(context_length=length)
+    device = model.logit_scale.device
     rows = []
     for classname in classnames:
-        tokens = tokenizer([template.format(classname) for template in templates])
+        tokens = tokenizer([template.format(classname) for template in templates]).to(device)
         rows.append(normalize(model.encode_text(tokens), dim=-1).mean(dim=0))
     return torch.stack(rows)
 

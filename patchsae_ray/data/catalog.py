@@ -1,16 +1,15 @@
-"""A data set's name → its source, class names and templates: configs/datasets/NAME.yaml."""
+"""A data set's name → its source and class names: configs/datasets/NAME.yaml."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
-
-import open_clip
 
 from patchsae_ray import configs, storage
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.sources import build_manifest
 from patchsae_ray.errors import UserError, nearest
+from patchsae_ray.settings import TrainSettings
 
 _KEYS = frozenset({"source", "splits", "split", "image", "label", "classnames", "backbone", "train_defaults", "licence", "url"})
 
@@ -36,8 +35,6 @@ class DatasetEntry:
     """The backbone that training takes where none is given."""
     train_defaults: dict[str, Any] = field(default_factory=dict)
     """Training settings that suit this data set better than PatchSAE's; flags and --config win over them."""
-    licence: str | None = None
-    url: str | None = None
 
 
 def find_entry(name: str) -> DatasetEntry | None:
@@ -76,10 +73,12 @@ def open_dataset(name: str, path: str | None, split: str | None, classnames: str
 def read_classnames(source: str) -> tuple[str, ...]:
     """Class names from a JSON list or a text file, one a line; `openai_imagenet` is OpenAI's list of 1,000.
 
-    Raises: UserError where the file is not there or is no list of distinct names.
+    Raises: UserError where the file is not there or is no list of names.
     """
     if source == "openai_imagenet":
-        return tuple(open_clip.IMAGENET_CLASSNAMES)
+        from open_clip import IMAGENET_CLASSNAMES  # here, so that `--help` of training stays quick
+
+        return tuple(IMAGENET_CLASSNAMES)
     text = storage.read_text(source)
     names: Any = [line.strip() for line in text.splitlines() if line.strip()]
     if source.endswith(".json"):
@@ -93,8 +92,29 @@ def read_classnames(source: str) -> tuple[str, ...]:
 
 
 def _with_names(manifest: Manifest, classnames: Sequence[str] | None) -> Manifest:
-    if classnames is None or not manifest.labelled:
-        return manifest
-    if len(classnames) < manifest.num_classes:
-        raise UserError(f"--classnames has {len(classnames)} names, {manifest.source} has {manifest.num_classes} classes")
-    return manifest.with_classnames(classnames)
+    if classnames is not None:
+        if not manifest.labelled:
+            raise UserError(f"--classnames: {manifest.source} has no labels for it to name")
+        manifest = manifest.with_classnames(classnames)
+    if manifest.classnames and len(manifest.classnames) < manifest.num_classes:
+        names = len(manifest.classnames)
+        raise UserError(f"{manifest.source} has labels up to {manifest.num_classes - 1} and names for {names} classes")
+    return manifest
+
+
+def train_defaults(settings: TrainSettings) -> dict[str, Any]:
+    """The `train_defaults` of the data set that is trained on, without what the settings rule out.
+
+    Raises: UserError that names a key which is no training setting.
+    """
+    entry = None if settings.dataset_path else find_entry(settings.dataset_name)
+    defaults = dict(entry.train_defaults) if entry else {}
+    known = [field.name for field in fields(TrainSettings)]
+    for key in defaults:
+        if key not in known:
+            raise UserError(
+                f"configs/datasets/{settings.dataset_name}.yaml: train_defaults has no {key!r}{nearest(key, known)}"
+            )
+    if settings.total_training_tokens is not None:
+        defaults.pop("total_training_images", None)
+    return defaults

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from patchsae_ray import storage
+from patchsae_ray.errors import UserError
 
 UNIT_SIZE = 512
 NO_LABEL = -1
@@ -69,6 +70,8 @@ class Reading:
     """Parquet: integer or string labels; None where there are none."""
     label_values: tuple[str, ...] = ()
     """Parquet with string labels: the label is the position in these."""
+    label_map: tuple[int, ...] = ()
+    """Label of the source → position in the class list in use; empty where they are the same."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,12 @@ class Manifest:
     num_classes: int
     """0 where images have no labels."""
     digest: str
-    """Of the files' names, sizes and counts and of how they are read; not of where they lie."""
+    """Of how the files are read and of their names, sizes, and Parquet footers or tar members with all labels; not of
+    where they lie. An image file of a folder that is replaced by another of the same size is not noticed."""
     ignored_files: int = 0
     """Files in a folder that are no images by their extension."""
+    labels_are_names: bool = False
+    """Labels come from names (class folders, strings), numbered in sorted order."""
 
     @property
     def num_images(self) -> int:
@@ -96,8 +102,20 @@ class Manifest:
         return self.num_classes > 0
 
     def with_classnames(self, classnames: Sequence[str]) -> "Manifest":
-        """The same images under a given class list."""
-        return replace(self, classnames=tuple(classnames), num_classes=len(classnames))
+        """The same images under a given class list.
+
+        Where labels come from names and the list has them all, a label is its name's position in the list. Otherwise
+        positions count: as many names as classes, or at least as many where labels are numbers.
+
+        Raises: UserError where the list does not fit.
+        """
+        place = {name: index for index, name in enumerate(classnames)}
+        reading = self.reading
+        if self.labels_are_names and all(name in place for name in self.classnames):
+            reading = replace(reading, label_map=tuple(place[name] for name in self.classnames))
+        elif len(classnames) < self.num_classes or (self.labels_are_names and len(classnames) != self.num_classes):
+            raise UserError(f"--classnames has {len(classnames)} names, {self.source} has {self.num_classes} classes")
+        return replace(self, reading=reading, classnames=tuple(classnames), num_classes=len(classnames))
 
 
 def cut_units(segments: Sequence[Segment]) -> tuple[Unit, ...]:
@@ -126,6 +144,6 @@ def _pieces(segment: Segment, filled: int) -> Iterator[Segment]:
         done, filled = done + count, (filled + count) % UNIT_SIZE
 
 
-def manifest_digest(reading: Reading, entries: Sequence[tuple[str, int, int]]) -> str:
-    """Digest over (name, bytes, images) of each source file and how they are read."""
+def manifest_digest(reading: Reading, entries: Sequence[tuple[str, int, str]]) -> str:
+    """Digest over (name, bytes, digest of what else is known) of each source file and how they are read."""
     return storage.digest([json.dumps(asdict(reading), sort_keys=True), *(json.dumps(entry) for entry in entries)])

@@ -3,11 +3,11 @@
 import json
 import posixpath
 import tarfile
-from typing import Any
+from dataclasses import dataclass, field
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
 from patchsae_ray import storage
 from patchsae_ray.data.manifest import (
@@ -40,6 +40,7 @@ def build_manifest(uri: str, split: str | None = None, image_column: str = "imag
 
     Raises: UserError where nothing is there, or nothing that can be read.
     """
+    uri = storage.absolute(uri)
     root, files = _list(uri)
     if split:
         root, files = _select_split(uri, root, files, split)
@@ -52,21 +53,12 @@ def build_manifest(uri: str, split: str | None = None, image_column: str = "imag
 
 
 def _list(uri: str) -> tuple[str, Files]:
-    try:
-        if "*" in uri:
-            filesystem, pattern = url_to_fs(uri)
-            paths = filesystem.glob(pattern, detail=True)
-            fixed = posixpath.dirname(uri.split("*")[0])
-            root = posixpath.dirname(pattern.split("*")[0])
-            files = sorted((path[len(root) + 1 :], int(info["size"])) for path, info in paths.items())
-            return fixed, files
-        if storage.is_directory(uri):
-            return uri, storage.list_files(uri)
-        if storage.exists(uri):
-            filesystem, path = url_to_fs(uri)
-            return posixpath.dirname(uri) or ".", [(posixpath.basename(uri), int(filesystem.size(path)))]
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"cannot list {uri}: {first_line(error)}") from error
+    if "*" in uri:
+        return storage.glob_files(uri)
+    if storage.is_directory(uri):
+        return uri, storage.list_files(uri)
+    if storage.exists(uri):
+        return posixpath.dirname(uri), [(posixpath.basename(uri), storage.size(uri))]
     raise UserError(f"no such data set: {uri} is not there")
 
 
@@ -113,9 +105,9 @@ def _folder_manifest(uri: str, root: str, files: Files) -> Manifest:
     segment = Segment(root, len(names), names=names, labels=labels)
     # `first` counts bytes or rows of a file, which a folder has not: it stays 0 so that equal units are equal.
     units = tuple(Unit(u.index, u.start, tuple(_at_zero(s) for s in u.segments)) for u in cut_units([segment]))
-    entries = [(path, size, 1) for path, size in images]
+    entries = [(path, size, "") for path, size in images]
     ignored = sum(not _hidden(path) for path, _ in files) - len(images)
-    return Manifest(uri, units, reading, tuple(classes), len(classes), manifest_digest(reading, entries), ignored)
+    return Manifest(uri, units, reading, tuple(classes), len(classes), manifest_digest(reading, entries), ignored, True)
 
 
 def _at_zero(segment: Segment) -> Segment:
@@ -123,61 +115,84 @@ def _at_zero(segment: Segment) -> Segment:
 
 
 def _parquet_manifest(uri: str, root: str, files: Files, image_column: str, label_column: str) -> Manifest:
-    parquet = [(path, size) for path, size in files if _extension(path) == ".parquet" and not _hidden(path)]
     segments, entries, labels = [], [], _LabelScan(label_column)
-    has_labels = False
-    for path, size in parquet:
+    for path, size in files:
+        if _extension(path) != ".parquet" or _hidden(path):
+            continue
         file_uri = storage.join(root, path)
         with storage.open_read(file_uri) as opened:
             try:
                 file = pq.ParquetFile(opened)
             except (pa.ArrowInvalid, OSError) as error:
                 raise UserError(f"{file_uri} is not a whole Parquet file: {first_line(error)}") from error
-            columns = file.schema_arrow.names
-            if image_column not in columns:
-                raise UserError(f"{file_uri} has no column {image_column!r}; it has {', '.join(columns)}")
-            has_labels = label_column in columns
-            if has_labels:
-                labels.scan(file)
+            if image_column not in file.schema_arrow.names:
+                raise UserError(f"{file_uri} has no column {image_column!r}; it has {', '.join(file.schema_arrow.names)}")
+            labels.scan(file, file_uri)
             segments.append(Segment(file_uri, file.metadata.num_rows))
-            entries.append((path, size, file.metadata.num_rows))
-    reading = Reading("parquet", image_column, label_column if has_labels else None, labels.values if has_labels else ())
-    names = labels.classnames if has_labels else ()
-    num_classes = max(len(names), labels.highest + 1) if has_labels else 0
+            entries.append((path, size, storage.digest([_footer(opened, size)])))
     units = cut_units([segment for segment in segments if segment.count])
     if not units:
         raise UserError(f"no images in {uri}: its Parquet files have no rows")
-    return Manifest(uri, units, reading, names, num_classes, manifest_digest(reading, entries))
+    reading = Reading("parquet", image_column, label_column if labels.there else None, labels.values)
+    digest = manifest_digest(reading, [*entries, ("labels", 0, labels.digest())])
+    return Manifest(uri, units, reading, labels.classnames, labels.num_classes, digest, labels_are_names=bool(labels.values))
+
+
+def _footer(opened: IO[bytes], size: int) -> bytes:
+    """A Parquet file's footer: where each column's pages lie, how large they are, their statistics."""
+    opened.seek(size - 8)
+    length = int.from_bytes(opened.read(4), "little")
+    opened.seek(size - 8 - length)
+    return opened.read(length)
 
 
 class _LabelScan:
-    """Class names and the number of classes, from each file's metadata where it has them, else from the label column."""
+    """All labels of a Parquet data set: how many classes, their names, and whether every file has them."""
 
     def __init__(self, column: str) -> None:
         self.column = column
-        self.declared: tuple[str, ...] = ()
-        self.strings: set[str] = set()
-        self.highest = NO_LABEL
-
-    @property
-    def values(self) -> tuple[str, ...]:
-        return tuple(sorted(self.strings))
+        self.there: bool | None = None
+        self.values: tuple[str, ...] = ()
+        """Distinct string labels, sorted; empty where labels are numbers."""
+        self._declared: tuple[str, ...] = ()
+        self._highest = NO_LABEL
+        self._digests: list[str] = []
 
     @property
     def classnames(self) -> tuple[str, ...]:
-        return self.values or self.declared
+        return (self.values or self._declared) if self.there else ()
 
-    def scan(self, file: Any) -> None:
+    @property
+    def num_classes(self) -> int:
+        return max(len(self.classnames), self._highest + 1) if self.there else 0
+
+    def digest(self) -> str:
+        return storage.digest(self._digests)
+
+    def scan(self, file: Any, uri: str) -> None:
+        """Take in one file.
+
+        Raises: UserError where it has labels and another has not, or labels of a kind that are none.
+        """
+        there = self.column in file.schema_arrow.names
+        if self.there not in (None, there):
+            raise UserError(f"{uri} has {'a' if there else 'no'} column {self.column!r}, other files of it differ")
+        self.there = there
+        if not there:
+            return
         kind = file.schema_arrow.field(self.column).type
-        self.declared = self.declared or _declared_names(file.schema_arrow, self.column)
+        self._declared = self._declared or _declared_names(file.schema_arrow, self.column)
+        column = file.read(columns=[self.column])[self.column]
         if pa.types.is_integer(kind):
-            if not self.declared:
-                column = file.read(columns=[self.column])[self.column]
-                self.highest = max(self.highest, max((value for value in column.to_pylist() if value is not None), default=-1))
+            labels = column.cast(pa.int64()).fill_null(NO_LABEL).to_numpy()
+            self._highest = max(self._highest, int(labels.max(initial=NO_LABEL)))
+            self._digests.append(storage.digest([labels.tobytes()]))
         elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind):
-            self.strings.update(str(value) for value in file.read(columns=[self.column])[self.column].unique().to_pylist())
+            strings = [str(value) for value in column.to_pylist() if value is not None]
+            self.values = tuple(sorted({*self.values, *strings}))
+            self._digests.append(storage.digest(strings))
         else:
-            raise UserError(f"label column {self.column!r} is {kind}; integers or strings would be right")
+            raise UserError(f"{uri}: label column {self.column!r} is {kind}; integers or strings would be right")
 
 
 def _declared_names(schema: Any, column: str) -> tuple[str, ...]:
@@ -191,48 +206,59 @@ def _declared_names(schema: Any, column: str) -> tuple[str, ...]:
 
 
 def _tar_manifest(uri: str, root: str, files: Files) -> Manifest:
-    tars = [(path, size) for path, size in files if _extension(path) == ".tar" and not _hidden(path)]
-    segments, entries, highest = [], [], NO_LABEL
-    for path, size in tars:
+    segments: list[Segment] = []
+    entries, highest = [], NO_LABEL
+    for path, size in files:
+        if _extension(path) != ".tar" or _hidden(path):
+            continue
         file_uri = storage.join(root, path)
-        offsets, top_label = _scan_tar(file_uri)
-        highest = max(highest, top_label)
-        for start in range(0, len(offsets), UNIT_SIZE):
-            count = min(UNIT_SIZE, len(offsets) - start)
-            segments.append(Segment(file_uri, count, offsets[start]))
-        entries.append((path, size, len(offsets)))
-    # A tar's unit begins at a member and does not cross files: a byte range is all that is kept of its index.
+        scan = _scan_tar(file_uri)
+        highest = max(highest, scan.highest)
+        for start in range(0, len(scan.offsets), UNIT_SIZE):
+            segments.append(Segment(file_uri, min(UNIT_SIZE, len(scan.offsets) - start), scan.offsets[start]))
+        entries.append((path, size, storage.digest(scan.members)))
+    # A tar's unit begins at a member and does not cross files: a byte offset is all that is kept of its index.
     starts = [sum(segment.count for segment in segments[:index]) for index in range(len(segments))]
-    units = tuple(Unit(i, starts[i], (segment,)) for i, segment in enumerate(segments))
+    units = tuple(Unit(index, starts[index], (segment,)) for index, segment in enumerate(segments))
     if not units:
         raise UserError(f"no images in {uri}: its tars have none")
-    names = _tar_classnames(root, files)
-    reading = Reading("tar", label_column="cls" if highest >= 0 else None)
-    num_classes = max(len(names), highest + 1) if highest >= 0 else 0
-    return Manifest(uri, units, reading, names if highest >= 0 else (), num_classes, manifest_digest(reading, entries))
+    labelled = highest >= 0
+    names = _tar_classnames(root, files) if labelled else ()
+    reading = Reading("tar", label_column="cls" if labelled else None)
+    return Manifest(uri, units, reading, names, max(len(names), highest + 1), manifest_digest(reading, entries))
 
 
-def _scan_tar(uri: str) -> tuple[list[int], int]:
-    """Byte offset of the first member of every image sample, in order, and the highest label."""
-    offsets: list[int] = []
-    highest = NO_LABEL
+@dataclass
+class _TarScan:
+    offsets: list[int] = field(default_factory=list)
+    """Byte where the first member of each image sample begins."""
+    members: list[str] = field(default_factory=list)
+    """Name, size, time and place of each member, and each label."""
+    highest: int = NO_LABEL
+
+
+def _scan_tar(uri: str) -> _TarScan:
+    scan = _TarScan()
     with storage.open_read(uri) as opened:
         try:
             with tarfile.open(fileobj=opened, mode="r:") as archive:
                 sample_start, previous, has_image = 0, "", False
                 for member in archive:
                     key, extension = member_key(member.name)
+                    scan.members.append(f"{member.name} {member.size} {member.mtime} {member.offset_data}")
                     if key != previous:
                         sample_start, previous, has_image = member.offset, key, False
                     if extension in IMAGE_EXTENSIONS and not has_image:
-                        offsets.append(sample_start)
+                        scan.offsets.append(sample_start)
                         has_image = True
                     if extension == ".cls":
                         content = archive.extractfile(member)
-                        highest = max(highest, int(content.read()) if content else NO_LABEL)
+                        label = int(content.read()) if content else NO_LABEL
+                        scan.highest = max(scan.highest, label)
+                        scan.members.append(str(label))
         except (tarfile.TarError, ValueError) as error:
             raise UserError(f"{uri} is not a whole tar of images and .cls numbers: {first_line(error)}") from error
-    return offsets, highest
+    return scan
 
 
 def member_key(name: str) -> tuple[str, str]:

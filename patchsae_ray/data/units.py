@@ -3,14 +3,14 @@
 import tarfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from patchsae_ray import storage
 from patchsae_ray.data.images import BadImage, decode
-from patchsae_ray.data.manifest import NO_LABEL, Reading, Segment, Unit
+from patchsae_ray.data.manifest import NO_LABEL, Manifest, Reading, Segment, Unit
 from patchsae_ray.data.sources import IMAGE_EXTENSIONS, member_key
 from patchsae_ray.errors import UserError
 
@@ -72,7 +72,33 @@ def read_unit(unit: Unit, reading: Reading) -> Iterator[Raw]:
     """A unit's images in order."""
     readers = {"folder": _read_folder, "parquet": _read_parquet, "tar": _read_tar}
     for segment in unit.segments:
-        yield from readers[reading.format](segment, reading)
+        for raw in readers[reading.format](segment, reading):
+            mapped = reading.label_map and raw.label >= 0
+            yield replace(raw, label=reading.label_map[raw.label]) if mapped else raw
+
+
+def read_image(manifest: Manifest, position: int) -> Raw:
+    """The image at a position, reading as little else as its source allows.
+
+    Raises: IndexError where there is no such position.
+    """
+    for unit in manifest.units:
+        offset = position - unit.start
+        for segment in unit.segments if 0 <= offset < unit.count else ():
+            if offset < segment.count:
+                return _read_at(segment, offset, manifest.reading)
+            offset -= segment.count
+    raise IndexError(position)
+
+
+def _read_at(segment: Segment, offset: int, reading: Reading) -> Raw:
+    if reading.format == "tar":  # a stream: what comes before is passed over
+        narrow = replace(segment, count=offset + 1)
+    elif reading.format == "folder":
+        narrow = replace(segment, count=1, names=segment.names[offset:][:1], labels=segment.labels[offset:][:1])
+    else:
+        narrow = replace(segment, count=1, first=segment.first + offset)
+    return list(read_unit(Unit(0, 0, (narrow,)), reading))[-1]
 
 
 def _read_folder(segment: Segment, reading: Reading) -> Iterator[Raw]:
@@ -95,10 +121,12 @@ def _read_parquet(segment: Segment, reading: Reading) -> Iterator[Raw]:
                     image = record[reading.image_column]
                     path, data = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (None, image)
                     label = record[reading.label_column] if reading.label_column else NO_LABEL
-                    label = label_of.get(str(label), NO_LABEL) if label_of else label
+                    label = label_of.get(str(label), NO_LABEL) if label_of and label is not None else label
                     name = path or f"{segment.uri}#{row + low + index}"
                     yield Raw(name, data or b"", NO_LABEL if label is None else int(label))
             row += batch.num_rows
+            if row >= end:
+                return
 
 
 def _row_groups(file: "pq.ParquetFile", segment: Segment) -> tuple[list[int], int]:

@@ -65,7 +65,7 @@ def connect(address: str | None) -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         ray.init(address=chosen, logging_level=logging.ERROR, log_to_driver=False, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"--ray_address {chosen}: no Ray cluster answers there ({first_line(error)})") from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
@@ -89,7 +89,7 @@ def make_plan(device: str, precision: str = "auto") -> Plan:
     if device == "cuda" and gpus == 0:
         raise UserError("--device cuda: the cluster has no GPU; cpu or auto would be right")
     if device != "cpu" and gpus > 0:
-        actor_cpus = 1.0 if sum(cpus) - gpus >= 1 else 0.5
+        actor_cpus = 1.0 if sum(cpus) - gpus >= 1 else sum(cpus) / (2 * gpus)
         decode_cpus = _decode_cpus(sum(cpus) - gpus * actor_cpus, actor_cpus)
         return Plan("cuda", gpus, actor_cpus, 1.0, decode_cpus, 1, resolve_precision(precision, "cuda"))
     smallest = min(cpus)

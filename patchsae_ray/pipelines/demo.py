@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from patchsae_ray import storage
+from patchsae_ray.data.catalog import train_defaults
 from patchsae_ray.pipelines.extract import COUNTS_FILE, FIGURE_FILE, class_latents, extract, feature_folder
 from patchsae_ray.pipelines.steer import CURVE_FILE, steer
 from patchsae_ray.pipelines.train import train
@@ -35,7 +36,7 @@ def demo(settings: DemoSettings) -> str:
     length = settings.total_training_images
     length_flags = ["--total_training_images", str(length)] if length else []
     train_flags = _command("train", [*shared, "--run_name", RUN_NAME, *length_flags])
-    trained = train(parse(TrainSettings, train_flags))
+    trained = train(parse(TrainSettings, train_flags, train_defaults))
     look = [*shared, "--sae_path", storage.join(root, "out", "checkpoints", RUN_NAME, "sae.pt")]
     extract_settings = parse(ExtractSettings, _command("extract", look))
     extracted = extract(extract_settings)

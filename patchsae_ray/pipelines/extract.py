@@ -1,16 +1,14 @@
 """What each latent responds to, and counts a class, in one pass."""
 
-import io
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from patchsae_ray import figures, storage
-from patchsae_ray.data.catalog import open_dataset
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.arrays import without_prefix
@@ -19,17 +17,18 @@ from patchsae_ray.measure.quality import QualityResult, ReconstructionQuality
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.extract_worker import ExtractTask
-from patchsae_ray.pipelines.model import LoadedModel, load_model
+from patchsae_ray.pipelines.model import Inputs, read_inputs
 from patchsae_ray.pipelines.results import ResultFolder, run_key
 from patchsae_ray.pipelines.runner import Made, Session, run_once
-from patchsae_ray.pipelines.tables import errors_parquet, npy_bytes
+from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet, npy_bytes, tensor_bytes
 from patchsae_ray.pipelines.units import Pass, stream_partials
-from patchsae_ray.settings import ClassLatentsSettings, ExtractSettings, SaeSettings
+from patchsae_ray.settings import ClassLatentsSettings, ExtractSettings
 
 log = logging.getLogger(__name__)
 
 COUNTS_FILE = "cls_sae_cnt.npy"
-ERRORS_FILE = "errors.parquet"
+TOP_LABELS_FILE = "max_activating_image_label_indices.pt"
+QUALITY_FILE = "quality.json"
 FIGURE_FILE = "top_images.png"
 
 
@@ -40,24 +39,6 @@ class LatentPass:
     latents: LatentResult
     quality: QualityResult | None
     record: Pass
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a pass is about, read and checked."""
-
-    model: LoadedModel
-    manifest: Manifest
-
-
-def read_inputs(settings: SaeSettings) -> Inputs:
-    """The model and the images that the settings mean.
-
-    Raises: UserError for whatever is wrong with them.
-    """
-    model = load_model(settings)
-    manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, settings.classnames)
-    return Inputs(model, manifest)
 
 
 def feature_folder(settings: ClassLatentsSettings) -> str:
@@ -113,12 +94,16 @@ def extract(settings: ExtractSettings) -> dict[str, float]:
     Raises: UserError for whatever is wrong with the settings, the inputs or the folder.
     """
     inputs = read_inputs(settings)
-    own = {name: getattr(settings, name) for name in ("top_k", "figure_latents", "quality_images", "seed")}
     folders = {}
     for precision in cluster.possible_precisions(settings.precision):
-        counts = counts_identity(settings, inputs, precision)
-        identity = {**counts, **own}
-        outputs = _outputs(settings, inputs.manifest, run_key(identity), run_key(counts))
+        identity = {
+            **counts_identity(settings, inputs, precision),
+            "top_k": settings.top_k,
+            "quality_images": settings.quality_images,
+            "seed": settings.seed,
+            "figure_latents": settings.figure_latents,
+        }
+        outputs = _outputs(settings, inputs.manifest, identity)
         folders[precision] = ResultFolder(feature_folder(settings), "extract", identity, outputs)
 
     def work(session: Session) -> Made:
@@ -169,41 +154,44 @@ def _made(found: LatentPass, manifest: Manifest, files: dict[str, bytes]) -> Mad
     return Made(files, summary=metrics, metrics={**metrics, **seconds}, record=record)
 
 
-def _outputs(settings: ExtractSettings, manifest: Manifest, key: str, counts_key: str) -> dict[str, str]:
-    """File → the key it carries: the counts and bad rows depend on less than the rest."""
-    names = ["max_activating_image_indices.pt", "max_activating_image_values.pt", "sae_mean_acts.pt", "sae_sparsity.pt"]
+def _outputs(settings: ExtractSettings, manifest: Manifest, identity: dict[str, Any]) -> dict[str, str]:
+    """File → the key of just what it depends on, so that another figure or sample leaves the numbers valid."""
+    counts = {key: value for key, value in identity.items() if key not in _EXTRACT_ONLY}
+    tops = {**counts, "top_k": settings.top_k}
+    outputs = dict.fromkeys(_TOP_FILES, run_key(tops))
     if manifest.labelled:
-        names.append("max_activating_image_label_indices.pt")
+        outputs[TOP_LABELS_FILE] = run_key(tops)
+        outputs[COUNTS_FILE] = run_key(counts)
     if settings.figure_latents:
-        names.append(FIGURE_FILE)
-    outputs = dict.fromkeys(names, key)
-    if manifest.labelled:
-        outputs[COUNTS_FILE] = counts_key
-    return {**outputs, ERRORS_FILE: counts_key}
+        outputs[FIGURE_FILE] = run_key({**tops, "figure_latents": settings.figure_latents})
+    if settings.quality_images:
+        outputs[QUALITY_FILE] = run_key({**counts, "quality_images": settings.quality_images, "seed": settings.seed})
+    return {**outputs, ERRORS_FILE: run_key(counts)}
+
+
+_EXTRACT_ONLY = {"top_k", "quality_images", "seed", "figure_latents"}
+_TOP_FILES = (
+    "max_activating_image_indices.pt",
+    "max_activating_image_values.pt",
+    "sae_mean_acts.pt",
+    "sae_sparsity.pt",
+)
 
 
 def _files(settings: ExtractSettings, found: LatentPass, manifest: Manifest) -> dict[str, bytes]:
-    top = found.latents.top
-    files = {
-        "max_activating_image_indices.pt": torch_bytes(top.positions),
-        "max_activating_image_values.pt": torch_bytes(top.values),
-        "sae_mean_acts.pt": torch_bytes(found.latents.mean_acts),
-        "sae_sparsity.pt": torch_bytes(found.latents.sparsity),
-        ERRORS_FILE: errors_parquet(found.record.bad),
-    }
+    latents, top = found.latents, found.latents.top
+    contents = (top.positions, top.values, latents.mean_acts, latents.sparsity)
+    files = {name: tensor_bytes(tensor) for name, tensor in zip(_TOP_FILES, contents, strict=True)}
+    files[ERRORS_FILE] = errors_parquet(found.record.bad)
     if manifest.labelled:
-        files["max_activating_image_label_indices.pt"] = torch_bytes(top.labels)
-        files[COUNTS_FILE] = npy_bytes(found.latents.class_counts)
+        files[TOP_LABELS_FILE] = tensor_bytes(top.labels)
+        files[COUNTS_FILE] = npy_bytes(latents.class_counts)
     if settings.figure_latents:
-        files[FIGURE_FILE] = figures.top_images(found.latents, manifest, settings.figure_latents)
+        files[FIGURE_FILE] = figures.top_images(latents, manifest, settings.figure_latents)
+    if settings.quality_images:
+        quality = asdict(found.quality) if found.quality else {}
+        files[QUALITY_FILE] = (json.dumps(quality, indent=1) + "\n").encode()
     return files
-
-
-def torch_bytes(tensor: torch.Tensor) -> bytes:
-    """A tensor as torch.save writes it."""
-    buffer = io.BytesIO()
-    torch.save(tensor.contiguous(), buffer)
-    return buffer.getvalue()
 
 
 def latent_metrics(found: LatentPass) -> dict[str, float]:

@@ -10,15 +10,15 @@ import torch
 from patchsae_ray.backbone.clip import (
     DEFAULT_BLOCK_LAYER,
     Backbone,
-    build_clip,
     build_vision,
+    check_weights,
     resolve_block,
     vision_state,
 )
 from patchsae_ray.backbone.config import BackboneConfig, resolve, strip_openai
 from patchsae_ray.backbone.weights import StateDict, state_digest
-from patchsae_ray.backbone.zero_shot import text_embeddings
-from patchsae_ray.data.catalog import find_entry
+from patchsae_ray.data.catalog import find_entry, open_dataset
+from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
 from patchsae_ray.sae.checkpoint import SaeCheckpoint, read_checkpoint
 from patchsae_ray.sae.model import SparseAutoencoder
@@ -40,17 +40,17 @@ class PortableModel:
     sae: dict[str, np.ndarray] | None = None
 
     def build_backbone(self, device: str) -> Backbone:
+        """The frozen tower on a device, in this run's precision."""
+        torch.backends.cudnn.allow_tf32 = self.precision != "fp32"  # on by default, and not float32
         visual = build_vision(self.config, _tensors(self.vision))
         return Backbone(visual, self.config, self.block_layer).cast(dtype_of(self.precision)).to(device)
 
     def build_sae(self, device: str) -> SparseAutoencoder:
+        """The autoencoder on a device, its encoder's product in this run's precision."""
         if self.sae is None:
             raise ValueError("this run has no autoencoder")
-        tensors = _tensors(self.sae)
-        with torch.device("meta"):
-            sae = SparseAutoencoder(*tensors["W_enc"].shape)
-        sae.load_state_dict(tensors, assign=True)
-        return sae.eval().requires_grad_(False).to(device).cast_encoder(dtype_of(self.precision))
+        sae = SparseAutoencoder.from_tensors(_tensors(self.sae))
+        return sae.to(device).cast_encoder(dtype_of(self.precision))
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,12 @@ class LoadedModel:
         return self.checkpoint.sae
 
     def portable(self, precision: str) -> PortableModel:
+        """What the actors get."""
         sae = None
         if self.checkpoint is not None:
             sae = {name: value.numpy() for name, value in self.checkpoint.sae.state_dict().items()}
         vision = {name: value.numpy() for name, value in vision_state(self.state_dict).items()}
         return PortableModel(self.config, vision, self.block_layer, precision, sae)
-
-    def classifier(self, classnames: tuple[str, ...]) -> np.ndarray:
-        """Zero-shot classifier [c, e] float32 from OpenAI's 80 templates."""
-        return text_embeddings(build_clip(self.config, self.state_dict), self.config, classnames).numpy()
 
     def identity(self, precision: str) -> dict[str, Any]:
         """What a result depends on, of the model."""
@@ -96,7 +93,29 @@ class LoadedModel:
         return found if self.checkpoint is None else {**found, "sae": self.checkpoint.digest}
 
 
-def load_model(settings: ModelSettings) -> LoadedModel:
+@dataclass(frozen=True)
+class Inputs:
+    """What a pass is about, read and checked."""
+
+    model: LoadedModel
+    manifest: Manifest
+
+
+def read_inputs(settings: SaeSettings, text: bool = False) -> Inputs:
+    """The model and the images that the settings mean.
+
+    Args:
+        settings: a job's settings.
+        text: whether the text tower is needed.
+
+    Raises: UserError for whatever is wrong with them.
+    """
+    model = load_model(settings, text)
+    manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, settings.classnames)
+    return Inputs(model, manifest)
+
+
+def load_model(settings: ModelSettings, text: bool = False) -> LoadedModel:
     """Resolve the backbone, its weights, the hook and the checkpoint.
 
     Raises: UserError where something is missing, or the SAE does not belong to the CLIP or the layer.
@@ -113,9 +132,13 @@ def load_model(settings: ModelSettings) -> LoadedModel:
             f"--sae_path {checkpoint.path} reads residuals of width {checkpoint.sae.d_in}, "
             f"--backbone {config.name} has width {config.width}"
         )
-    layers = int(config.model["vision_cfg"].get("layers", 12))
-    block_layer = _hook(settings, checkpoint, layers)
-    return LoadedModel(config, weights.state_dict, block_layer, state_digest(weights.state_dict), checkpoint)
+    block_layer = _hook(settings, checkpoint, config.layers)
+    check_weights(config, weights.state_dict, text)
+    digest = state_digest(weights.state_dict)
+    trained_on = checkpoint.config.get("clip_digest") if checkpoint else None
+    if checkpoint and trained_on and trained_on != digest:
+        log.warning("%s was trained on other CLIP weights than %s", checkpoint.path, weights.source)
+    return LoadedModel(config, weights.state_dict, block_layer, digest, checkpoint)
 
 
 def _backbone_name(settings: ModelSettings, checkpoint: SaeCheckpoint | None) -> tuple[str, str | None]:
@@ -148,6 +171,7 @@ def _hook(settings: ModelSettings, checkpoint: SaeCheckpoint | None, layers: int
 
 
 def dtype_of(precision: str) -> torch.dtype:
+    """fp32 or bf16 as torch's dtype."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 

@@ -4,6 +4,7 @@ run.json holds `files` (name → run key, digest, job) and `runs` (job → its r
 what is about to be written under `pending`, and again after them; so a killed job leaves nothing that looks finished.
 """
 
+import hashlib
 import json
 import logging
 import posixpath
@@ -43,47 +44,52 @@ class ResultFolder:
     outputs: Mapping[str, str]
     elsewhere: str = "--root_dir or --dataset_name"
     _state: dict[str, Any] = field(default_factory=dict)
-    _written: dict[str, str] = field(default_factory=dict)
-    """File name → digest, of what this run has written so far."""
+    _written: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """File name → its entry, of what this run has written so far."""
 
     def __post_init__(self) -> None:
         self._state = read_run_file(self.uri)
 
     def done(self) -> bool:
-        """Whether every output is there under its key."""
-        return all(self._key_of(name) == key for name, key in self.outputs.items()) and all(
-            storage.exists(storage.join(self.uri, name)) for name in self.outputs
-        )
+        """Whether every output is there, under its key and as large as it was written."""
+        for name, key in self.outputs.items():
+            entry, uri = self._entry(name), storage.join(self.uri, name)
+            if entry is None or entry["key"] != key or not storage.exists(uri) or storage.size(uri) != entry["bytes"]:
+                return False
+        return True
 
     def record(self) -> dict[str, Any]:
-        """The record of this job's run; of the run that made the first output where this job made none."""
+        """The record of this very run where this job made it, else that of the run that made the first output."""
         runs = self._state["runs"]
-        maker = self._state["files"][next(iter(self.outputs))]["job"]
-        return dict(runs.get(self.job) or runs[maker])
+        own = runs.get(self.job)
+        if own and own["run_key"] == run_key(self.identity):
+            return dict(own)
+        return dict(runs[self._state["files"][next(iter(self.outputs))]["job"]])
 
     def check(self, overwrite: bool) -> None:
-        """Refuse a folder that holds another run's results.
+        """Refuse a folder that holds another run's results, as it is now.
 
         Raises: UserError unless `overwrite`.
         """
+        self._state = read_run_file(self.uri)
         pending = self._state.get("pending", {})
         for name, key in self.outputs.items():
-            there = self._key_of(name)
-            mine = there == key or (there is None and pending.get(name) == key)
+            entry = self._entry(name)
+            mine = entry["key"] == key if entry else pending.get(name) == key
             if not mine and not overwrite and storage.exists(storage.join(self.uri, name)):
                 raise UserError(
                     f"{storage.join(self.uri, name)} is another run's ({self._difference(name)}); "
                     f"--overwrite would replace it, another {self.elsewhere} would keep both"
                 )
 
-    def _key_of(self, name: str) -> str | None:
-        entry = self._state.get("files", {}).get(name)
-        return entry["key"] if entry else None
+    def _entry(self, name: str) -> dict[str, Any] | None:
+        entry: dict[str, Any] | None = self._state.get("files", {}).get(name)
+        return entry
 
     def _difference(self, name: str) -> str:
-        entry = self._state.get("files", {}).get(name)
+        entry = self._entry(name)
         record = self._state.get("runs", {}).get(entry["job"]) if entry else None
-        if record is None:
+        if entry is None or record is None:
             return "run.json says nothing of it"
         theirs = record.get("identity", {})
         differing = [key for key in self.identity if key in theirs and theirs[key] != self.identity[key]]
@@ -99,7 +105,12 @@ class ResultFolder:
         if not self._written:
             self._begin()
         storage.write_bytes(storage.join(self.uri, name), data)
-        self._written[name] = storage.digest([data])
+        self._written[name] = {
+            "key": self.outputs[name],
+            "job": self.job,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
 
     def _begin(self) -> None:
         """Say what is about to be written; what this job wrote under another key and does not write now goes."""
@@ -108,20 +119,21 @@ class ResultFolder:
         for name in [*stale, *self.outputs]:
             known.pop(name, None)
         runs = {key: value for key, value in self._state.get("runs", {}).items() if key != self.job}
-        self._save({"files": known, "runs": runs, "pending": dict(self.outputs)})
+        pending = {**self._state.get("pending", {}), **self.outputs}
+        self._save({"files": known, "runs": runs, "pending": pending})
         for name in stale:
             storage.remove(storage.join(self.uri, name))
 
     def commit(self, record: Mapping[str, Any]) -> None:
-        """Declare the run finished; every output must have been written."""
+        """Declare the run finished; every output must have been written. What other jobs committed meanwhile stays."""
         missing = set(self.outputs) - set(self._written)
         if missing:
             raise ValueError(f"not written: {', '.join(sorted(missing))}")
-        files = dict(self._state["files"])
-        for name, sha256 in self._written.items():
-            files[name] = {"key": self.outputs[name], "job": self.job, "sha256": sha256}
+        state = read_run_file(self.uri)
+        pending = {name: key for name, key in state.get("pending", {}).items() if name not in self.outputs}
         made = {"run_key": run_key(self.identity), "identity": dict(self.identity), **record}
-        self._save({"files": files, "runs": {**self._state["runs"], self.job: made}})
+        files, runs = {**state.get("files", {}), **self._written}, {**state.get("runs", {}), self.job: made}
+        self._save({"files": files, "runs": runs, "pending": pending})
 
     def _save(self, state: dict[str, Any]) -> None:
         self._state = {"format": FORMAT, "version": __version__, **state}

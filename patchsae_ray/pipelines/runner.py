@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from patchsae_ray import storage
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished, run_key
@@ -55,8 +56,10 @@ def run_once(settings: ModelSettings, folders: Mapping[str, ResultFolder], work:
     if done:
         log.info("%s: done already, nothing to do; results in %s", done.job, done.uri)
         return dict(done.record()["summary"])
+    storage.check_writable(settings.root_dir)
     plan = cluster.join(settings)
     folder = folders[plan.precision]
+    folder.check(settings.overwrite)
     with tracked(settings.root_dir, folder.job, as_dict(settings)) as tracker:
         tracker.tags({**folder.identity, "run_key": run_key(folder.identity), "results": folder.uri})
         made = work(Session(plan, tracker, folder))

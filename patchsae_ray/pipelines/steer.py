@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 
 from patchsae_ray import figures, storage
 from patchsae_ray.backbone.zero_shot import OPENAI_IMAGENET_TEMPLATES
@@ -15,12 +16,11 @@ from patchsae_ray.measure.arrays import without_prefix
 from patchsae_ray.measure.masking import MaskingAccuracy, settings_of
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.cluster import Plan
-from patchsae_ray.pipelines.extract import Inputs, read_inputs
-from patchsae_ray.pipelines.model import LoadedModel
+from patchsae_ray.pipelines.model import Inputs, LoadedModel, read_inputs
 from patchsae_ray.pipelines.results import ResultFolder, record_of_file, run_key
 from patchsae_ray.pipelines.runner import Made, Session, run_once
-from patchsae_ray.pipelines.steer_worker import SteerTask
-from patchsae_ray.pipelines.tables import errors_parquet
+from patchsae_ray.pipelines.steer_worker import SteerTask, classifier_rows
+from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet
 from patchsae_ray.pipelines.units import Pass, stream_partials
 from patchsae_ray.settings import SteerSettings
 
@@ -41,7 +41,7 @@ def parse_topk(text: str, num_latents: int) -> list[int]:
         if part == "all":
             ks.add(num_latents)
             continue
-        if not part.isdigit() or int(part) == 0:
+        if not part.isdecimal() or int(part) == 0:
             raise UserError(f"--topk {part!r}: numbers of latents from 1, or all, separated by commas")
         if int(part) <= num_latents:
             ks.add(int(part))
@@ -72,6 +72,8 @@ def read_counts(settings: SteerSettings, model: LoadedModel, manifest: Manifest)
         counts = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} is not a whole .npy array of numbers") from error
+    if not isinstance(counts, np.ndarray) or counts.dtype.kind not in "iuf":
+        raise UserError(f"{path} is not a .npy array of numbers")
     s, c = model.autoencoder.d_sae, manifest.num_classes
     record = record_of_file(path)
     if record is not None:
@@ -93,7 +95,7 @@ def _check_made_for(path: str, made: dict[str, Any], model: LoadedModel, manifes
     if checkpoint is not None and made.get("sae") != checkpoint.digest:
         raise UserError(f"{path} was counted with another SAE (by the run.json beside it) than --sae_path {checkpoint.path}")
     theirs, ours = made.get("classnames"), list(manifest.classnames)
-    if theirs != ours:
+    if theirs and theirs != ours:
         raise UserError(f"{path} was counted for another class list (by the run.json beside it) than {manifest.source} has")
 
 
@@ -112,7 +114,7 @@ def read_steer_inputs(settings: SteerSettings) -> SteerInputs:
 
     Raises: UserError for whatever is wrong with it.
     """
-    inputs = read_inputs(settings)
+    inputs = read_inputs(settings, text=True)
     model, manifest = inputs.model, inputs.manifest
     if not manifest.labelled:
         raise UserError(f"{manifest.source} has no labels: steering is measured on labelled images")
@@ -132,7 +134,7 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     folders = {}
     for precision in cluster.possible_precisions(settings.precision):
         identity = _identity(settings, inputs, precision)
-        names = [*_metric_files(inputs.rankings).values(), CURVE_FILE, "errors.parquet"]
+        names = [*_metric_files(inputs.rankings).values(), CURVE_FILE, ERRORS_FILE]
         folders[precision] = ResultFolder(uri, "steer", identity, dict.fromkeys(names, run_key(identity)))
 
     def work(session: Session) -> Made:
@@ -158,7 +160,11 @@ def run_steering(settings: SteerSettings, inputs: SteerInputs, plan: Plan) -> tu
     Raises: UserError past `--max_bad_fraction`.
     """
     manifest = inputs.manifest
-    classifier = inputs.model.classifier(manifest.classnames)
+    prompts = len(OPENAI_IMAGENET_TEMPLATES) * len(manifest.classnames)
+    log.info("steer: classifier from %s prompts", f"{prompts:,}")
+    remote = ray.remote(classifier_rows).options(num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus)
+    weights = {name: value.numpy() for name, value in inputs.model.state_dict.items()}
+    classifier = ray.get(remote.remote(inputs.model.config, weights, manifest.classnames, plan))
     rankings = ", ".join(inputs.rankings)
     log.info("steer: %s images, %d values of k, ranked by %s", f"{manifest.num_images:,}", len(inputs.ks), rankings)
     task = SteerTask(
@@ -210,7 +216,7 @@ def _files(inputs: SteerInputs, accuracy: dict[str, MaskingAccuracy], curves: di
     }
     lines = {ranking: curves[ranking] for ranking in inputs.rankings}
     curve = figures.masking_curve(inputs.ks, lines, curves["no_sae"], inputs.manifest.num_classes)
-    return {**tables, CURVE_FILE: curve, "errors.parquet": errors_parquet(kept.bad)}
+    return {**tables, CURVE_FILE: curve, ERRORS_FILE: errors_parquet(kept.bad)}
 
 
 def _metrics(curves: dict[str, Any], kept: Pass) -> dict[str, float]:

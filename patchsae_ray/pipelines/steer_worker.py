@@ -12,13 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchsae_ray.backbone.zero_shot import logits
+from patchsae_ray.backbone.clip import build_clip
+from patchsae_ray.backbone.config import BackboneConfig
+from patchsae_ray.backbone.zero_shot import logits, text_embeddings
 from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.measure.arrays import Arrays, prefixed
 from patchsae_ray.measure.masking import MaskingAccuracy
+from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.model import PortableModel
 from patchsae_ray.pipelines.units import StageTimer
 from patchsae_ray.sae.ops import active_latents, masked_reconstructions
+
+
+def classifier_rows(
+    config: BackboneConfig, weights: dict[str, np.ndarray], classnames: tuple[str, ...], plan: Plan
+) -> np.ndarray:
+    """Zero-shot classifier [c, e] float32 from OpenAI's 80 templates; run as a Ray task where the plan's device is."""
+    torch.set_num_threads(plan.threads)
+    clip = build_clip(config, {name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
+    return text_embeddings(clip.to(plan.device), config, classnames).cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,10 @@ import io
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+
+ERRORS_FILE = "errors.parquet"
+"""Beside every result: the images that could not be read."""
 
 
 def errors_parquet(bad: list[tuple[int, str, str]]) -> bytes:
@@ -19,6 +23,13 @@ def errors_parquet(bad: list[tuple[int, str, str]]) -> bytes:
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """A tensor as torch.save writes it."""
+    buffer = io.BytesIO()
+    torch.save(tensor.contiguous(), buffer)
     return buffer.getvalue()
 
 

@@ -23,7 +23,7 @@ from patchsae_ray.pipelines.model import LoadedModel, load_model
 from patchsae_ray.pipelines.progress import LINE_SECONDS, progress_line
 from patchsae_ray.pipelines.results import ResultFolder, run_key
 from patchsae_ray.pipelines.runner import Made, Session, run_once
-from patchsae_ray.pipelines.tables import errors_parquet
+from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet
 from patchsae_ray.pipelines.train_worker import Message, TrainTask, checkpoint_steps, train_units
 from patchsae_ray.pipelines.units import Pass
 from patchsae_ray.sae.checkpoint import safetensors_bytes, torch_bytes
@@ -41,13 +41,13 @@ def train(settings: TrainSettings) -> dict[str, float]:
     Raises: UserError for whatever is wrong with the settings, the inputs or the folder.
     """
     model = load_model(settings)
-    manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, settings.classnames)
+    manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, None)
     total_images = images_to_train_on(settings, model)
     uri = checkpoint_folder(settings, model, manifest, total_images)
     folders = {}
     for precision in cluster.possible_precisions(settings.precision):
         identity = _identity(settings, model, manifest, precision, total_images)
-        names = ["sae.pt", "sae.safetensors", "errors.parquet", *_checkpoint_names(settings, total_images)]
+        names = ["sae.pt", "sae.safetensors", ERRORS_FILE, *_checkpoint_names(settings, total_images)]
         outputs = dict.fromkeys(names, run_key(identity))
         folders[precision] = ResultFolder(uri, "train", identity, outputs, elsewhere="--run_name")
 
@@ -65,7 +65,8 @@ def run_training(settings: TrainSettings, model: LoadedModel, manifest: Manifest
     Raises: UserError past `--max_bad_fraction` or where the loss stops being finite.
     """
     plan = session.plan
-    epochs = math.ceil(total_images / max(1, int(manifest.num_images * (1 - settings.max_bad_fraction))))
+    readable = manifest.num_images * (1 - min(settings.max_bad_fraction, 0.5))
+    epochs = math.ceil(total_images / max(1.0, readable))
     order = tuple(unit_order(len(manifest.units), epochs, settings.seed))
     task = TrainTask(model.portable(plan.precision), settings, total_images, order)
     log.info(
@@ -83,14 +84,16 @@ def run_training(settings: TrainSettings, model: LoadedModel, manifest: Manifest
         session.tracker.metrics({f"train_{name}": value for name, value in message.metrics.items()}, message.step)
         progress.show(message)
         if message.weights is not None:
-            sae = _autoencoder(message.weights)
+            sae = SparseAutoencoder.from_tensors(
+                {key: torch.from_numpy(np.array(value)) for key, value in message.weights.items()}
+            )
             for name, data in _checkpoint_files(sae, message, config).items():
                 session.folder.write(name, data)
     kept.seconds, kept.actor_peak_bytes = message.seconds, message.peak_bytes
     summary = _summary(message, kept)
     record = {"source": manifest.source, **kept.record()}
     made = {"sae": state_digest(sae.state_dict())}
-    files = {"errors.parquet": errors_parquet(kept.bad)}
+    files = {ERRORS_FILE: errors_parquet(kept.bad)}
     return Made(files, summary, summary, record, step=message.step, tags=made)
 
 
@@ -104,12 +107,6 @@ def _summary(message: Message, kept: Pass) -> dict[str, float]:
         "wall_seconds": wall,
         "images_per_second": message.images / wall,
     }
-
-
-def _autoencoder(weights: dict[str, np.ndarray]) -> SparseAutoencoder:
-    sae = SparseAutoencoder(*weights["W_enc"].shape)
-    sae.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
-    return sae
 
 
 def _checkpoint_files(sae: SparseAutoencoder, message: Message, config: dict[str, Any]) -> dict[str, bytes]:
@@ -149,14 +146,9 @@ def images_to_train_on(settings: TrainSettings, model: LoadedModel) -> int:
     """`--total_training_images`, or as many whole images as `--total_training_tokens` needs."""
     if settings.total_training_tokens is None:
         return settings.total_training_images or PATCHSAE_TOTAL_IMAGES
-    side = model.config.image_size // _patch_size(model)
-    tokens = {"all": side**2 + 1, "image": side**2 + 1, "patch": side**2, "cls": 1}[settings.tokens]
+    patches = model.config.num_patches
+    tokens = {"all": patches + 1, "image": patches + 1, "patch": patches, "cls": 1}[settings.tokens]
     return math.ceil(settings.total_training_tokens / tokens)
-
-
-def _patch_size(model: LoadedModel) -> int:
-    size = model.config.model["vision_cfg"].get("patch_size", 16)
-    return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
 def checkpoint_folder(settings: TrainSettings, model: LoadedModel, manifest: Manifest, total_images: int) -> str:
@@ -173,11 +165,10 @@ def checkpoint_folder(settings: TrainSettings, model: LoadedModel, manifest: Man
 def checkpoint_config(settings: TrainSettings, model: LoadedModel, total_images: int) -> dict[str, Any]:
     """The cfg of the checkpoint: what the released code looks up, what `--backbone` may be left out for, and the recipe."""
     recipe = {key: value for key, value in as_dict(settings).items() if key not in _NOT_RECIPE}
-    layers = int(model.config.model["vision_cfg"].get("layers", 12))
     return {
         **recipe,
         "model_name": model.config.name,
-        "block_layer": model.block_layer - layers,
+        "block_layer": model.block_layer - model.config.layers,
         "clip_digest": model.clip_digest,
         "total_training_images": total_images,
         "class_token": settings.tokens == "cls",

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -20,7 +18,7 @@ from patchsae_ray.data.shuffle import batches
 from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.model import PortableModel
-from patchsae_ray.pipelines.units import BadRows, decoded_units, peak_bytes
+from patchsae_ray.pipelines.units import BadRows, StageTimer, decoded_units, peak_bytes
 from patchsae_ray.sae.model import SparseAutoencoder, geometric_median, initialise
 from patchsae_ray.sae.objective import Objective
 from patchsae_ray.sae.schedules import Schedule
@@ -74,7 +72,6 @@ class Message:
 
 def train_units(task: TrainTask, manifest: Manifest, image_size: int, plan: Plan) -> Iterator[Message]:
     """The trainer's loop, run as a Ray task; yields messages."""
-    os.environ["OMP_NUM_THREADS"] = str(plan.threads)
     torch.set_num_threads(plan.threads)
     settings, device = task.settings, plan.device
     ray.data.DataContext.get_current().execution_options.preserve_order = True
@@ -82,28 +79,25 @@ def train_units(task: TrainTask, manifest: Manifest, image_size: int, plan: Plan
     backbone = task.model.build_backbone(device)
     tokens = backbone.token_slice(settings.tokens)
     trainer: Trainer | None = None
-    images, clock = 0, {"data": 0.0, "to_hook": 0.0, "step": 0.0}
-    saves, mark = checkpoint_steps(settings.n_checkpoints, task.total_steps), time.perf_counter()
-    last: dict[str, float] = {}
+    images, last, timer = 0, {}, StageTimer(device)
+    saves = checkpoint_steps(settings.n_checkpoints, task.total_steps)
     for pixels in batches(source, settings.batch_size, task.total_images, settings.seed):
-        begun = time.perf_counter()
-        clock["data"] += begun - mark
+        timer.mark("data")
         x = residuals(backbone, pixels, tokens, device)
-        clock["to_hook"] += time.perf_counter() - begun
+        timer.mark("to_hook")
         trainer = trainer or make_trainer(settings, x, task.total_steps)
-        started = time.perf_counter()
         with autocast(device, task.model.precision):
             step = trainer.step(x)
         images += len(pixels)
-        mark = time.perf_counter()
-        clock["step"] += mark - started
         last = {**asdict(step), "dead_share": float(trainer.dead.float().mean())}
+        timer.mark("step")
         save = trainer.step_index in saves
         if save or trainer.step_index % REPORT_STEPS == 0:
             yield Message(images, trainer.step_index, last, _weights(trainer.sae) if save else None, source.take_bad())
-    if trainer is None:
-        raise UserError("no image could be read, so there is nothing to train on")
-    yield Message(images, trainer.step_index, last, _weights(trainer.sae), source.take_bad(), clock, peak_bytes(), last=True)
+    if trainer is None or images < task.total_images:
+        raise UserError(f"too few readable images: training ended after {images:,} of {task.total_images:,}")
+    seconds = timer.seconds
+    yield Message(images, trainer.step_index, last, _weights(trainer.sae), source.take_bad(), seconds, peak_bytes(), last=True)
 
 
 class DecodedBlocks:

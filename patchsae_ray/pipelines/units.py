@@ -5,7 +5,6 @@ A unit is one row whose pixels are one tensor cell; a partial is one block of by
 
 import json
 import logging
-import os
 import resource
 import sys
 import time
@@ -25,6 +24,9 @@ from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.progress import ProgressLines, Reporter
 
 log = logging.getLogger(__name__)
+
+NO_PROGRESS_SECONDS = 6 * 3600
+"""Without a finished unit for this long the run is given up; 512 images of a large ViT on a CPU may take hours."""
 
 BadRows = list[tuple[int, str, str]]
 """(position, path, reason)."""
@@ -66,9 +68,6 @@ class StageTimer:
         self._last = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
-    def restart(self) -> None:
-        self._last = time.perf_counter()
-
     def mark(self, stage: str) -> None:
         """Charge the time since the last mark to `stage`."""
         if self._device == "cuda":
@@ -82,7 +81,6 @@ class _Actor:
     """One row in, one partial out; runs in a process of its own."""
 
     def __init__(self, task: "ray.ObjectRef[UnitTask]", plan: Plan, progress: Any) -> None:
-        os.environ["OMP_NUM_THREADS"] = str(plan.threads)
         torch.set_num_threads(plan.threads)
         self._worker = ray.get(task).start(plan.device)
         self._reporter = Reporter(progress)
@@ -139,6 +137,7 @@ def decoded_units(manifest: Manifest, units: Sequence[Unit], image_size: int, pl
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
+    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
     rows = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=len(units))
     return rows.map(DecodeRow(manifest, image_size).__call__, num_cpus=plan.decode_cpus)
 
@@ -210,4 +209,5 @@ class Pass:
         }
 
     def wall_seconds(self) -> float:
+        """Seconds since the pass began."""
         return time.perf_counter() - self.started

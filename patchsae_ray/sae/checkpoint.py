@@ -50,6 +50,7 @@ class SaeCheckpoint:
 
     @property
     def block_layer(self) -> int | None:
+        """The vision block that it reads, as the file says it."""
         layer = self.config.get("block_layer")
         return None if layer is None else int(layer)
 
@@ -76,12 +77,14 @@ def read_checkpoint(path: str) -> SaeCheckpoint:
         raise UserError(f"{path}: no autoencoder in it: {', '.join(missing)} missing")
     tensors = {name: tensors[name].to(torch.float32) for name in _NAMES}
     _check_shapes(path, tensors)
-    d_in, d_sae = tensors["W_enc"].shape
-    with torch.device("meta"):
-        sae = SparseAutoencoder(d_in, d_sae)
-    sae.load_state_dict(tensors, assign=True)
-    sae.eval().requires_grad_(False)
-    return SaeCheckpoint(sae, config, state_digest(tensors), path)
+    _check_config(path, config)
+    return SaeCheckpoint(SparseAutoencoder.from_tensors(tensors), config, state_digest(tensors), path)
+
+
+def _check_config(path: str, config: dict[str, Any]) -> None:
+    layer = config.get("block_layer")
+    if layer is not None and not isinstance(layer, int):
+        raise UserError(f"{path}: cfg.block_layer is {layer!r}, a whole number would be right")
 
 
 def _check_shapes(path: str, tensors: dict[str, Tensor]) -> None:
@@ -120,6 +123,8 @@ def _read_torch(path: str, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]
     if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
         raise UserError(f"{path} is no SAE checkpoint: it has no 'state_dict'")
     config = loaded.get("cfg", loaded.get("config", {}))
+    if not isinstance(config, (dict, ConfigStandIn)):
+        raise UserError(f"{path}: its cfg is {type(config).__name__}, a mapping or PatchSAE's config would be right")
     return dict(config if isinstance(config, dict) else vars(config)), loaded["state_dict"]
 
 

@@ -3,6 +3,7 @@
 Shapes: d width of the residual stream, s latents; leading dimensions are free.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +40,22 @@ class SparseAutoencoder(nn.Module):
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "SparseAutoencoder":
+        """A frozen autoencoder around W_enc, b_enc, W_dec and b_dec, which are not copied."""
+        with torch.device("meta"):
+            sae = cls(*tensors["W_enc"].shape)
+        sae.load_state_dict(tensors, assign=True)
+        return sae.eval().requires_grad_(False)
+
     @property
     def d_in(self) -> int:
+        """d."""
         return self.W_enc.shape[0]
 
     @property
     def d_sae(self) -> int:
+        """s."""
         return self.W_enc.shape[1]
 
     def pre_activations(self, x: Tensor, latents: slice = slice(None)) -> Tensor:

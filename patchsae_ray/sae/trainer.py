@@ -55,7 +55,7 @@ class Trainer:
     def step(self, x: Tensor) -> StepMetrics:
         """One step on residuals x [n, t, d].
 
-        Raises: FloatingPointError where the loss is not finite; the weights are then as before the step.
+        Raises: FloatingPointError where the loss is not finite; nothing is then learned from the batch.
         """
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr * self.schedule.factor(self.step_index)

@@ -167,7 +167,7 @@ def no_network(tag: object) -> str:
         ("ViT-B-16-SigLIP", "webli", "not open_clip's own ViT"),
         ("roberta-ViT-B-32", "laion2b_s12b_b32k", "open_clip's own text tower"),
         ("RN50", "openai", "not open_clip's own ViT"),
-        ("ViT-L-14-CLIPA", "datacomp1b", "only CLIP's own transform"),
+        ("ViT-L-14-CLIPA", "datacomp1b", "needs a tokenizer of its own"),
         (CONFIG, "/nowhere/clip.pt", "no such file or folder"),
         ("/nowhere/clip.json", WEIGHTS, "no such file"),
         ("ViT-B-16", WEIGHTS, "has shape"),

@@ -1,12 +1,15 @@
 """Names → data sets, class lists, and what is said of wrong ones."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from patchsae_ray import configs
 from patchsae_ray.data.catalog import find_entry, open_dataset, read_classnames
+from patchsae_ray.data.manifest import Manifest
+from patchsae_ray.data.units import read_unit
 from patchsae_ray.errors import UserError
 from tests.data.makers import make_folder, parquet_bytes, write
 
@@ -57,15 +60,46 @@ def test_class_lists(tmp_path: Path) -> None:
     make_folder(str(tmp_path / "images"), 6)
     named = open_dataset("any", str(tmp_path / "images"), None, str(tmp_path / "names.txt"))
     assert named.classnames == ("a", "b c", "d")
+    (tmp_path / "four.txt").write_text("a\nb\nc\nd\n")
     (tmp_path / "two.txt").write_text("a\nb\n")
     (tmp_path / "bad.json").write_text('{"a": 1}')
     for name, message in {
         "two.txt": "has 2 names, .* has 3 classes",
+        "four.txt": "has 4 names, .* has 3 classes",
         "bad.json": "expected a list",
         "none.txt": "no such file",
     }.items():
         with pytest.raises(UserError, match=message):
             open_dataset("any", str(tmp_path / "images"), None, str(tmp_path / name))
+
+
+def labels(manifest: Manifest) -> list[int]:
+    return [raw.label for unit in manifest.units for raw in read_unit(unit, manifest.reading)]
+
+
+def test_names_decide_where_labels_are_names(tmp_path: Path) -> None:
+    make_folder(str(tmp_path / "images"), 6)
+    shutil.rmtree(tmp_path / "images" / "bee")
+    (tmp_path / "names.txt").write_text("cat\nbee\nant\n")
+    named = open_dataset("any", str(tmp_path / "images"), None, str(tmp_path / "names.txt"))
+    assert named.classnames == ("cat", "bee", "ant")
+    assert labels(named) == [2, 2, 0, 0]
+    write(str(tmp_path / "strings.parquet"), parquet_bytes([0, 1, 2], ["bee", None, "ant"], names=False))
+    strings = open_dataset("any", str(tmp_path / "strings.parquet"), None, None)
+    assert strings.classnames == ("ant", "bee")
+    assert labels(strings) == [1, -1, 0]
+    given = open_dataset("any", str(tmp_path / "strings.parquet"), None, str(tmp_path / "names.txt"))
+    assert labels(given) == [1, -1, 2]
+
+
+def test_class_lists_that_do_not_fit_the_labels(tmp_path: Path) -> None:
+    write(str(tmp_path / "high.parquet"), parquet_bytes([0, 1], [0, 7]))
+    with pytest.raises(UserError, match="has labels up to 7 and names for 3 classes"):
+        open_dataset("any", str(tmp_path / "high.parquet"), None, None)
+    write(str(tmp_path / "plain.parquet"), parquet_bytes([0, 1], None))
+    (tmp_path / "names.txt").write_text("a\n")
+    with pytest.raises(UserError, match="has no labels for it to name"):
+        open_dataset("any", str(tmp_path / "plain.parquet"), None, str(tmp_path / "names.txt"))
 
 
 def test_unknown_name() -> None:

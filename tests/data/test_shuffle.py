@@ -1,6 +1,7 @@
 """The order of training images."""
 
 import numpy as np
+import pytest
 
 from patchsae_ray.data import shuffle
 from patchsae_ray.data.shuffle import batches, unit_order
@@ -34,7 +35,7 @@ def test_the_order_is_the_seeds_alone() -> None:
     assert not np.array_equal(first, other)
 
 
-def test_images_of_a_window_are_mixed(monkeypatch: object) -> None:
-    batch = drawn(5)[0]
-    assert len({image // 50 for image in batch.tolist()}) > 1
-    assert shuffle.WINDOW_IMAGES >= 512
+def test_images_of_a_window_are_mixed_and_of_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len({image // 50 for image in drawn(5)[0].tolist()}) > 1
+    monkeypatch.setattr(shuffle, "WINDOW_IMAGES", 50)
+    assert len({image // 50 for image in drawn(5)[0].tolist()}) == 1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from patchsae_ray.data.images import decode
 from patchsae_ray.data.manifest import UNIT_SIZE, Manifest, Segment, Unit, cut_units
 from patchsae_ray.data.sources import build_manifest
-from patchsae_ray.data.units import decode_unit, read_unit
+from patchsae_ray.data.units import decode_unit, read_image, read_unit
 from patchsae_ray.errors import UserError
 from tests.data.makers import CLASSES, make_folder, parquet_bytes, picture, tar_bytes, write
 
@@ -95,6 +95,35 @@ def test_tar_without_labels(root: str) -> None:
     assert contents(manifest) == [(picture(3), -1), (picture(4), -1)]
 
 
+def test_the_digest_knows_what_is_inside(tmp_path: Path) -> None:
+    digests = set()
+    for index, (numbers, labels) in enumerate([([1, 2], [0, 1]), ([1, 3], [0, 1]), ([1, 2], [1, 0])]):
+        write(str(tmp_path / f"p{index}" / "a.parquet"), parquet_bytes(numbers, list(labels)))
+        write(str(tmp_path / f"t{index}" / "a.tar"), tar_bytes(numbers, labels))
+        digests |= {build_manifest(str(tmp_path / f"{form}{index}")).digest for form in "pt"}
+    assert len(digests) == 6
+
+
+def test_one_image_by_its_position(root: str) -> None:
+    make_folder(f"{root}/folder", 9)
+    write(f"{root}/rows/a.parquet", parquet_bytes(list(range(5)), [0, 0, 1, 1, 2]))
+    write(f"{root}/rows/b.parquet", parquet_bytes(list(range(5, 9)), [0, 0, 1, 1]))
+    write(f"{root}/tars/a.tar", tar_bytes(list(range(9)), labels_of(9)))
+    for form in ("folder", "rows", "tars"):
+        manifest = build_manifest(f"{root}/{form}")
+        assert [read_image(manifest, position).data for position in range(9)] == [picture(number) for number in range(9)]
+        with pytest.raises(IndexError):
+            read_image(manifest, 9)
+
+
+def test_a_relative_path_means_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(str(tmp_path / "train-0.parquet"), parquet_bytes([0, 1], [0, 1]))
+    monkeypatch.chdir(tmp_path)
+    for uri in ("train-0.parquet", "train-*.parquet", "."):
+        manifest = build_manifest(uri)
+        assert manifest.units[0].segments[0].uri == str(tmp_path / "train-0.parquet")
+
+
 def test_the_digest_knows_the_data_and_not_the_place(tmp_path: Path) -> None:
     for name in ("one", "two"):
         make_folder(str(tmp_path / name), 6)
@@ -165,5 +194,9 @@ def test_wrong_sources(tmp_path: Path) -> None:
             build_manifest(str(tmp_path / name), split)
     with pytest.raises(UserError, match="has no column 'img'; it has image, label"):
         build_manifest(str(tmp_path / "good"), image_column="img")
+    write(str(tmp_path / "uneven" / "a.parquet"), parquet_bytes([0], None))
+    write(str(tmp_path / "uneven" / "b.parquet"), parquet_bytes([0], [1]))
+    with pytest.raises(UserError, match=r"b\.parquet has a column 'label', other files of it differ"):
+        build_manifest(str(tmp_path / "uneven"))
     with pytest.raises(UserError, match="cannot open nope://x"):
         build_manifest("nope://x")
