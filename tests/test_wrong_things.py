@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from patchsae_ray.cli import run_job
 from patchsae_ray.sae.checkpoint import torch_bytes
@@ -102,10 +103,38 @@ def test_model_that_does_not_fit(refused: Refused, tmp_path: Path) -> None:
     refused("extract", ["--sae_path", nameless], "--backbone is needed")
 
 
+def test_weights_that_do_not_fit_are_found_before_ray(refused: Refused, tmp_path: Path) -> None:
+    config = json.loads((GOLDEN / "clip.json").read_text())
+    config["vision_cfg"]["layers"] = 6
+    (tmp_path / "deeper.json").write_text(json.dumps(config))
+    refused("extract", changed(golden_flags(), backbone=str(tmp_path / "deeper.json")), "is missing, which --backbone")
+    (tmp_path / "odd.json").write_text(json.dumps({**config, "vision_cfg": "x"}))
+    refused("extract", changed(golden_flags(), backbone=str(tmp_path / "odd.json")), "vision_cfg is no mapping")
+    whole = load_file(GOLDEN / "clip.safetensors")
+    save_file({key: value for key, value in whole.items() if key.startswith("visual")}, tmp_path / "vision.safetensors")
+    counts = ["--cls_wise_sae_activation_path", "x.npy"]
+    flags = changed(golden_flags(), clip_weights=str(tmp_path / "vision.safetensors"))
+    refused("steer", [*flags, *counts], "--clip_weights: ln_final.bias is missing")
+
+
+def test_places(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused("extract", changed(golden_flags(), dataset_name="../x"), "--dataset_name '../x': one folder name")
+    (tmp_path / "file").write_text("")
+    refused("extract", changed(golden_flags(), root_dir=str(tmp_path / "file")), f"{tmp_path}/file")
+    refused("extract", changed(golden_flags(), root_dir=""), "--root_dir is empty")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    refused("extract", changed(golden_flags(), dataset_path="s3://bucket/images"), "cannot reach s3://bucket/images")
+
+
 def test_damaged_and_hostile_checkpoints(refused: Refused, tmp_path: Path) -> None:
     cut = tmp_path / "cut.pt"
     cut.write_bytes((GOLDEN / "sae.pt").read_bytes()[:5000])
     refused("extract", changed(golden_flags(), sae_path=str(cut)), "not a whole torch checkpoint")
+    empty = tmp_path / "empty.pt"
+    torch.save({"cfg": None, "state_dict": tensors()}, empty)
+    refused("extract", changed(golden_flags(), sae_path=str(empty)), "its cfg is NoneType")
     evil = tmp_path / "evil.pt"
     torch.save({"cfg": Evil(), "state_dict": tensors()}, evil)
     refused("extract", changed(golden_flags(), sae_path=str(evil)), "would run posix.system")
@@ -127,6 +156,7 @@ def test_settings(refused: Refused, tmp_path: Path) -> None:
     refused("train", ["--batch_size", "0"], "--batch_size 0: at least 1")
     refused("train", ["--total_training_images", "5", "--total_training_tokens", "5"], "give one of them")
     refused("train", ["--run_name", "../x"], "--run_name")
+    refused("train", ["--tokens", "patch", "--mse_cls_coefficient", "2"], "--mse_cls_coefficient")
     refused("extract", changed(golden_flags(), max_bad_fraction="2"), "--max_bad_fraction 2.0: 0 to 1")
     refused("extract", [], "sae_path")
 
@@ -146,6 +176,8 @@ def test_class_counts_of_another_kind(refused: Refused, tmp_path: Path) -> None:
     cut = tmp_path / "cut.npy"
     cut.write_bytes(Path(whole).read_bytes()[:200])
     refused("steer", [*flags, str(cut)], "not a whole .npy")
+    refused("steer", [*flags, str(GOLDEN / "sae.pt")], "is not a .npy array of numbers")
+    refused("steer", [*flags, whole, "--topk", "²"], "--topk '²'")
     refused("steer", [*flags, whole, "--topk", "0"], "--topk '0'")
     refused("steer", [*flags, whole, "--topk", "1,2000"], "--topk 2000: the SAE has 1024 latents")
     refused("steer", [*flags, whole, "--rank_by", "clas"], "did you mean 'class'")

@@ -83,3 +83,4 @@ def test_a_submitted_job_does_what_it_does_here(ray_head: RayHead, tmp_path: Pat
     ignored = {**ray_head.environment, "RAY_AUTH_TOKEN": "0" * 64}
     refused = submit(RayHead(ray_head.address, ray_head.dashboard, ignored), "python", "-c", "1")
     assert refused.returncode != 0
+    assert "token" in (refused.stdout + refused.stderr).lower()

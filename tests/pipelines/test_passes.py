@@ -125,7 +125,15 @@ def test_progress_lines() -> None:
 
 @pytest.mark.parametrize(
     ("cpus", "gpus", "device"),
-    [([1], 0, "cpu"), ([2], 0, "cpu"), ([16], 0, "cpu"), ([4, 8], 0, "cpu"), ([16], 1, "cuda"), ([2], 1, "cuda")],
+    [
+        ([1], 0, "cpu"),
+        ([2], 0, "cpu"),
+        ([16], 0, "cpu"),
+        ([4, 8], 0, "cpu"),
+        ([16], 1, "cuda"),
+        ([2], 1, "cuda"),
+        ([4], 8, "cuda"),
+    ],
 )
 def test_actors_never_take_every_cpu(monkeypatch: pytest.MonkeyPatch, cpus: list[float], gpus: int, device: str) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cpus]

@@ -81,6 +81,35 @@ def test_the_record_of_a_file(tmp_path: Path) -> None:
     assert record_of_file(str(tmp_path / "nowhere" / "a.bin")) is None
 
 
+def test_a_result_that_was_cut_is_not_done(tmp_path: Path) -> None:
+    make(folder(tmp_path, threshold=0.2))
+    (tmp_path / "a.bin").write_bytes(b"")
+    assert not folder(tmp_path, threshold=0.2).done()
+
+
+def test_what_was_committed_meanwhile_is_seen_and_kept(tmp_path: Path) -> None:
+    early = folder(tmp_path, threshold=0.2)
+    early.check(overwrite=False)
+    other = ResultFolder(str(tmp_path), "class_latents", {"threshold": 0.2}, {"c.bin": "k"})
+    other.write("c.bin", b"c")
+    make(folder(tmp_path, threshold=0.3))
+    other.commit({"summary": {}})
+    assert folder(tmp_path, threshold=0.3).done()
+    with pytest.raises(UserError, match=r"threshold 0\.3 there, 0\.2 here"):
+        early.check(overwrite=False)
+    state = read_run_file(str(tmp_path))
+    assert set(state["files"]) == {"a.bin", "b.bin", "c.bin"}
+    assert set(state["runs"]) == {"extract", "class_latents"}
+
+
+def test_unfinished_business_of_another_job_is_remembered(tmp_path: Path) -> None:
+    folder(tmp_path, threshold=0.2).write("a.bin", b"half")
+    other = ResultFolder(str(tmp_path), "class_latents", {"threshold": 0.2}, {"c.bin": "k"})
+    other.write("c.bin", b"c")
+    other.commit({"summary": {}})
+    folder(tmp_path, threshold=0.2).check(overwrite=False)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", json.dumps({"format": 99})])
 def test_damaged_run_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
