@@ -16,7 +16,7 @@ def folders(kind: str) -> list[Path]:
     """Where configs of a kind are looked for, the first hit wins: $PATCHSAE_CONFIGS, the checkout's, the wheel's."""
     own = os.environ.get("PATCHSAE_CONFIGS")
     roots = [Path(own)] if own else []
-    return [root / kind for root in (*roots, _PACKAGE.parent / "configs", _PACKAGE / "configs") if (root / kind).is_dir()]
+    return [root / kind for root in (*roots, _PACKAGE.parent / "configs", _PACKAGE / "_configs") if (root / kind).is_dir()]
 
 
 def names(kind: str) -> list[str]:
