@@ -27,55 +27,10 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from patchsae_ray.demo import CLIP_CARD, CLIP_CONFIG, CLIP_WEIGHTS
+from patchsae_ray.demo.captions import HELD_OUT_PROMPT, TRAINING_TEMPLATES
 from patchsae_ray.demo.make_data import CLASS_NAMES, DEFAULT_SOURCE, read_split
 
 logger = logging.getLogger(__name__)
-
-HELD_OUT_PROMPT = "a museum photograph of one {}."
-TRAINING_TEMPLATES = (
-    "{}",
-    "a {}.",
-    "the {}.",
-    "one {}.",
-    "some {}.",
-    "this is a {}.",
-    "here is the {}.",
-    "there is a {} here.",
-    "a picture of a {}.",
-    "a picture of the {}.",
-    "an image of a {}.",
-    "an image showing some {}.",
-    "a photo showing a {}.",
-    "a photo with the {} in it.",
-    "my favourite {}.",
-    "my old {}.",
-    "a new {}.",
-    "a grey {}.",
-    "a black {}.",
-    "a white {} on a black background.",
-    "a small picture of a {}.",
-    "a small grey image of my {}.",
-    "a large {} in the picture.",
-    "a good picture of the {}.",
-    "a bad image of a {}.",
-    "a blurry picture of the {}.",
-    "a dark image of one {}.",
-    "a bright picture of many {}.",
-    "a close-up of a {}.",
-    "a cropped image of the {}.",
-    "a clean {} in a shop.",
-    "a studio shot of a {}.",
-    "a product shot of the {}.",
-    "a catalogue page with a {} on it.",
-    "a {}, an article of fashion.",
-    "the {}, seen from the front.",
-    "a {} for sale.",
-    "something to wear: a {}.",
-    "a drawing that shows a {}.",
-    "a low resolution image of a {}.",
-    "a nice {} that I like.",
-    "look at the cool {} of this person.",
-)
 
 MAX_LOGIT_SCALE = math.log(100.0)
 
