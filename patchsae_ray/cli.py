@@ -1,6 +1,7 @@
 """What every job's script does: settings in, pipeline called, one line and exit code 2 for what the user can put right."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -19,8 +20,9 @@ def run_job(
 ) -> int:
     """Parse the command line and run a job. Returns the exit code: 0, 2 for a UserError, 130 after an interrupt."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    for noisy in ("fsspec", "botocore", "aiobotocore", "urllib3", "httpx", "matplotlib", "alembic"):
+    for noisy in ("fsspec", "botocore", "aiobotocore", "urllib3", "httpx", "httpx2", "matplotlib", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not each retry; what comes of them is the job's one line
     try:
         run(parse(settings_class, arguments, defaults))
     except KeyboardInterrupt:

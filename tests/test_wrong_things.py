@@ -128,6 +128,10 @@ def test_places(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     refused("extract", changed(golden_flags(), dataset_path="s3://bucket/images"), "cannot reach s3://bucket/images")
 
 
+def test_no_cluster_there(refused: Refused) -> None:
+    refused("extract", changed(golden_flags(), ray_address="127.0.0.1:9"), "--ray_address 127.0.0.1:9: no Ray cluster answers")
+
+
 def test_damaged_and_hostile_checkpoints(refused: Refused, tmp_path: Path) -> None:
     cut = tmp_path / "cut.pt"
     cut.write_bytes((GOLDEN / "sae.pt").read_bytes()[:5000])

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 
 import ray
@@ -63,12 +64,27 @@ def connect(address: str | None) -> None:
         options = {"include_dashboard": False}
         # Ray Data's own actors print a line marked E at every start (ray-project/ray#57733); this Ray is ours alone.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    _probe(chosen)
     try:
         ray.init(address=chosen, logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"--ray_address {chosen}: no Ray cluster answers there ({first_line(error)})") from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+
+
+def _probe(address: str) -> None:
+    """See that something listens at host:port; Ray itself would try for minutes.
+
+    Raises: UserError where nothing does.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--ray_address {address}: no Ray cluster answers there ({first_line(error)})") from error
 
 
 def make_plan(device: str, precision: str = "auto") -> Plan:
