@@ -251,10 +251,8 @@ def build_parser(settings_class: type[RunSettings]) -> ArgumentParser:
     parser.add_class_arguments(settings_class, sub_configs=False)
     for action in parser._actions:
         if action.dest in _boolean_fields(settings_class):
-            action.nargs, action.const = (
-                "?",
-                True,
-            )  # PatchSAE's bare --use_ghost_grads, and also --use_ghost_grads false
+            # PatchSAE's bare --use_ghost_grads, and also --use_ghost_grads false
+            action.nargs, action.const = "?", True
     return parser
 
 

@@ -57,12 +57,13 @@ def absolute(uri: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there.
+    """Whether a file or folder is there now: object-store clients remember listings, and others may have written since.
 
     Raises: UserError where the store cannot be reached.
     """
     filesystem, path = _filesystem(uri)
     with _reaching(uri):
+        filesystem.invalidate_cache()
         return bool(filesystem.exists(path))
 
 

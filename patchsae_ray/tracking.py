@@ -47,8 +47,9 @@ class Tracker:
         except Exception as error:  # each store raises its own types; none of them is a fault of the images
             raise UserError(f"MLFLOW_TRACKING_URI {uri}: cannot start a run ({first_line(error)})") from error
         self.run_id = str(run.info.run_id)
-        for key, value in settings.items():
-            self._client.log_param(self.run_id, key, str(value)[:6000])
+        with self._carrying_on("settings"):
+            for key, value in settings.items():
+                self._client.log_param(self.run_id, key, str(value)[:6000])
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Digests and other facts, one tag each."""

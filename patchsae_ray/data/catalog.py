@@ -11,7 +11,7 @@ from patchsae_ray.data.sources import build_manifest
 from patchsae_ray.errors import UserError, nearest
 from patchsae_ray.settings import TrainSettings
 
-_KEYS = frozenset({"source", "splits", "split", "image", "label", "classnames", "backbone", "train_defaults", "licence", "url"})
+_KEYS = frozenset({"source", "splits", "split", "image", "label", "classnames", "backbone", "train_defaults"})
 
 
 @dataclass(frozen=True)

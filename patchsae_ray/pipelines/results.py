@@ -6,7 +6,6 @@ what is about to be written under `pending`, and again after them; so a killed j
 
 import hashlib
 import json
-import logging
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,8 +13,6 @@ from typing import Any
 
 from patchsae_ray import __version__, storage
 from patchsae_ray.errors import UserError
-
-log = logging.getLogger(__name__)
 
 FORMAT = 1
 RUN_FILE = "run.json"

@@ -4,7 +4,6 @@ A unit is one row whose pixels are one tensor cell; a partial is one block of by
 """
 
 import json
-import logging
 import resource
 import sys
 import time
@@ -22,8 +21,6 @@ from patchsae_ray.errors import UserError
 from patchsae_ray.measure.arrays import Arrays, from_bytes, to_bytes
 from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.progress import ProgressLines, Reporter
-
-log = logging.getLogger(__name__)
 
 NO_PROGRESS_SECONDS = 6 * 3600
 """Without a finished unit for this long the run is given up; 512 images of a large ViT on a CPU may take hours."""

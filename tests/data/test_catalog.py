@@ -47,6 +47,9 @@ def test_a_data_set_of_ones_own_by_name(tmp_path: Path, monkeypatch: pytest.Monk
     assert open_dataset("mine", None, None, None).num_images == 3
     with pytest.raises(UserError, match="--split val: mine has train"):
         open_dataset("mine", None, "val", None)
+    (tmp_path / "datasets" / "mine.yaml").write_text("source: x\nurl: y\n")
+    with pytest.raises(UserError, match="unknown key 'url'"):
+        open_dataset("mine", None, None, None)
     (tmp_path / "datasets" / "mine.yaml").write_text("sorce: x\n")
     with pytest.raises(UserError, match="unknown key 'sorce'; did you mean 'source'"):
         open_dataset("mine", None, None, None)
