@@ -7,9 +7,15 @@ from patchsae_ray.settings import ExtractSettings
 
 
 def main(settings: ExtractSettings) -> None:
-    from patchsae_ray.pipelines.extract import extract  # after parsing, so that --help does not wait for torch and Ray
+    # Imported after parsing, so that --help does not wait for torch and Ray.
+    if settings.clean:
+        from patchsae_ray.pipelines.clean import clean
 
-    extract(settings)
+        clean(settings.root_dir)
+    else:
+        from patchsae_ray.pipelines.extract import extract
+
+        extract(settings)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from patchsae_ray.errors import UserError
+from patchsae_ray.errors import StoreError, UserError
 from patchsae_ray.settings import Defaults, RunSettings, parse
 
 S = TypeVar("S", bound=RunSettings)
@@ -41,8 +41,8 @@ def user_error(error: BaseException) -> UserError | None:
     """The UserError in an exception, whether it was raised here or in a Ray worker."""
     seen: BaseException | None = error
     while seen is not None:
-        if type(seen) is UserError:
-            return seen
+        if type(seen) in (UserError, StoreError):  # Ray's own wrapper is a subclass too
+            return cast(UserError, seen)
         cause = getattr(seen, "cause", None)
         seen = cause if isinstance(cause, BaseException) else seen.__cause__
     return None

@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class StoreError(UserError):
+    """A file store that does not answer, or not as it should: it may answer later, so this is worth trying again."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known name, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from patchsae_ray.data.images import BadImage, decode
+from patchsae_ray.data.images import BadImage
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.units import read_image
 from patchsae_ray.measure.latents import LatentResult
@@ -74,7 +74,7 @@ def thumbnails(manifest: Manifest, positions: set[int]) -> dict[int, np.ndarray]
     found: dict[int, np.ndarray] = {}
     for position in sorted(positions):
         try:
-            found[position] = decode(read_image(manifest, position).data, _THUMBNAIL)
+            found[position] = read_image(manifest, position).decode(_THUMBNAIL)
         except BadImage:
             continue
     return found

@@ -56,9 +56,10 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_bad_fraction": (0, 1),
     "mse_cls_coefficient": (0, math.inf),
     "n_checkpoints": (0, math.inf),
+    "decode_cpus": (0.01, math.inf),
+    "no_progress_minutes": (0.1, math.inf),
     "quality_images": (0, math.inf),
     "seed": (0, 2**63 - 1),
-    "threshold": (0, math.inf),
     "top_k": (1, math.inf),
     "total_training_images": (1, math.inf),
     "total_training_tokens": (1, math.inf),
@@ -77,6 +78,8 @@ class DataSettings(RunSettings):
     """Split of the data set; default: the catalog entry's, or everything under --dataset_path."""
     max_bad_fraction: float = 0.01
     """Share of unreadable images up to which the job goes on; they are listed in errors.parquet."""
+    relist: bool = False
+    """List the images anew, in place of the manifest that is kept in root_dir."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,12 +112,41 @@ class ModelSettings(DataSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class SaeSettings(ModelSettings):
-    """A trained autoencoder to look through."""
+    """A trained autoencoder to look through, and what a pass over the images takes of the cluster."""
 
-    sae_path: str
-    """SAE checkpoint, PatchSAE's .pt or .safetensors."""
+    sae_path: str = ""
+    """SAE checkpoint, PatchSAE's .pt or .safetensors; needed."""
     classnames: str | None = None
     """JSON list or text file (one a line) of class names; default: the data set's own."""
+    workers: str | None = None
+    """Actors that run the model: N, or MIN:MAX to grow and shrink; default: one a GPU, or one a machine without GPUs."""
+    num_gpus: float | None = None
+    """GPUs an actor takes; default 1, and 0 on a CPU. 0.5 puts two actors on a GPU."""
+    decode_cpus: float | None = None
+    """CPUs a decoding task takes; default: planned so that the actors leave room."""
+    no_progress_minutes: float = 30.0
+    """Give up after this long without an image done."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sae_path and not getattr(self, "clean", False):
+            raise UserError("--sae_path is needed: an SAE checkpoint, .pt or .safetensors")
+        self.worker_bounds()
+        if self.num_gpus is not None and (self.num_gpus < 0 or (self.num_gpus > 1 and self.num_gpus % 1)):
+            raise UserError(f"--num_gpus {self.num_gpus:g}: a whole number, or a fraction below 1, would be right")
+
+    def worker_bounds(self) -> tuple[int, int] | None:
+        """(MIN, MAX) of `--workers`, or None where it is planned.
+
+        Raises: UserError where it is neither N nor MIN:MAX.
+        """
+        if self.workers is None:
+            return None
+        low, colon, high = self.workers.partition(":")
+        bounds = (low, high if colon else low)
+        if not all(part.isdecimal() for part in bounds) or not 1 <= int(bounds[0]) <= int(bounds[1]):
+            raise UserError(f"--workers {self.workers}: N, or MIN:MAX with MIN from 1 and not above MAX, would be right")
+        return int(bounds[0]), int(bounds[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +202,25 @@ class ClassLatentsSettings(SaeSettings):
 
     tokens: Tokens = "all"
     """Tokens to count: all, image (CLS and patches), patch, or cls."""
-    threshold: float = 0.2
-    """Activation above which a token counts for its image's class."""
+    threshold: str = "0.2"
+    """Activation above which a token counts for its image's class; several with commas, 0.2,0.5, give a file each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.thresholds()
+
+    def thresholds(self) -> tuple[float, ...]:
+        """`--threshold`'s numbers, each once, in order.
+
+        Raises: UserError for what is no number, or below 0.
+        """
+        try:
+            values = tuple(dict.fromkeys(float(part) for part in self.threshold.split(",")))
+        except ValueError:
+            values = (math.nan,)
+        if not all(0 <= value < math.inf for value in values):
+            raise UserError(f"--threshold {self.threshold}: numbers from 0, separated by commas, would be right")
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +237,8 @@ class ExtractSettings(ClassLatentsSettings):
     """Latents in the figure of top images; 0 for no figure."""
     seed: int = 42
     """Of the sample of --quality_images."""
+    clean: bool = False
+    """List and remove what dead runs have left under --root_dir, in place of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)

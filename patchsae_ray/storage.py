@@ -1,18 +1,43 @@
 """Files under any URI: a local path, s3://, hf://, whatever fsspec opens."""
 
 import hashlib
+import logging
 import os
 import posixpath
-import tempfile
-from collections.abc import Iterable, Iterator
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from patchsae_ray.errors import UserError, first_line
+from patchsae_ray.errors import StoreError, UserError, first_line
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PATIENCE_SECONDS = 300.0
+"""How long a worker goes on trying a store that does not answer."""
+LISTING_THREADS = 32
+READING_THREADS = 16
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of a listing."""
+
+    path: str
+    """Relative to what was listed."""
+    size: int
+    """Bytes."""
+    version: str
+    """What changes when the file does: the store's tag, or the time of modification."""
 
 
 def join(root: str, *parts: str) -> str:
@@ -25,7 +50,7 @@ def is_local(uri: str) -> bool:
     return "://" not in uri or uri.startswith("file://")
 
 
-def _filesystem(uri: str) -> tuple[Any, str]:
+def filesystem_of(uri: str) -> tuple[Any, str]:
     try:
         return url_to_fs(uri)
     except Exception as error:
@@ -33,14 +58,14 @@ def _filesystem(uri: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _reaching(uri: str) -> Iterator[None]:
+def reaching(uri: str) -> Iterator[None]:
     """Whatever a file system raises (each client has types of its own) → one line that names the URI."""
     try:
         yield
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"no such file: {uri}") from error
+        raise UserError(f"no such {'bucket' if 'bucket' in str(error).lower() else 'file'}: {uri}") from error
     except IsADirectoryError as error:
         raise UserError(f"{uri} is a folder, not a file") from error
     except (FileExistsError, NotADirectoryError) as error:
@@ -48,7 +73,24 @@ def _reaching(uri: str) -> Iterator[None]:
     except PermissionError as error:
         raise UserError(f"no permission for {uri}: {first_line(error)}") from error
     except Exception as error:
-        raise UserError(f"cannot reach {uri}: {first_line(error)}") from error
+        raise StoreError(f"cannot reach {uri}: {first_line(error)}") from error
+
+
+def patiently(work: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:
+    """Do `work`; where the store does not answer, try again with growing pauses.
+
+    Raises: StoreError once `seconds` have passed; any other error at once.
+    """
+    deadline, pause = time.monotonic() + seconds, 0.5
+    while True:
+        try:
+            return work()
+        except StoreError as error:
+            if time.monotonic() + pause > deadline:
+                raise
+            log.warning("%s; trying again in %.1f s", error, pause)
+        time.sleep(pause * random.uniform(0.5, 1.5))
+        pause = min(2 * pause, 15.0)
 
 
 def absolute(uri: str) -> str:
@@ -56,25 +98,38 @@ def absolute(uri: str) -> str:
     return uri if "://" in uri else os.path.abspath(uri)  # noqa: PTH100 - Path.resolve would follow links
 
 
-def exists(uri: str) -> bool:
-    """Whether a file or folder is there now: object-store clients remember listings, and others may have written since.
+def info(uri: str) -> dict[str, Any] | None:
+    """What the store says of a file or folder now, or None where there is none.
 
-    Raises: UserError where the store cannot be reached.
+    Not by the file system's `exists` and `isdir`: on S3 those say no where the truth is that access is denied.
+
+    Raises: UserError where access is denied, StoreError where the store cannot be reached.
     """
-    filesystem, path = _filesystem(uri)
-    with _reaching(uri):
-        filesystem.invalidate_cache()
-        return bool(filesystem.exists(path))
+    filesystem, path = filesystem_of(uri)
+    with reaching(uri):
+        filesystem.invalidate_cache()  # object-store clients remember listings, and others may have written since
+        try:
+            found: dict[str, Any] = filesystem.info(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there now.
+
+    Raises: UserError where access is denied, StoreError where the store cannot be reached.
+    """
+    return info(uri) is not None
 
 
 def is_directory(uri: str) -> bool:
-    """Whether a folder is there.
+    """Whether a folder is there now.
 
-    Raises: UserError where the store cannot be reached.
+    Raises: as `exists`.
     """
-    filesystem, path = _filesystem(uri)
-    with _reaching(uri):
-        return bool(filesystem.isdir(path))
+    found = info(uri)
+    return found is not None and found["type"] == "directory"
 
 
 def size(uri: str) -> int:
@@ -82,25 +137,9 @@ def size(uri: str) -> int:
 
     Raises: UserError where there is no such file.
     """
-    filesystem, path = _filesystem(uri)
-    with _reaching(uri):
+    filesystem, path = filesystem_of(uri)
+    with reaching(uri):
         return int(filesystem.size(path))
-
-
-def check_writable(folder: str) -> None:
-    """See that a local folder can be written, or made; nothing is made yet. A remote one shows itself at the first write.
-
-    Raises: UserError where it cannot.
-    """
-    if not folder:
-        raise UserError("--root_dir is empty; a folder or URI is needed")
-    if not is_local(folder):
-        return
-    nearest = Path(folder.removeprefix("file://")).absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--root_dir {folder}: {nearest} is no folder that can be written")
 
 
 def open_read(uri: str) -> IO[bytes]:
@@ -108,7 +147,7 @@ def open_read(uri: str) -> IO[bytes]:
 
     Raises: UserError where there is no such file or it may not be read.
     """
-    with _reaching(uri):
+    with reaching(uri):
         opened: IO[bytes] = fsspec.open(uri, "rb").open()
         return opened
 
@@ -118,8 +157,31 @@ def read_bytes(uri: str) -> bytes:
 
     Raises: UserError as `open_read`.
     """
-    with open_read(uri) as file, _reaching(uri):
+    with open_read(uri) as file, reaching(uri):
         return file.read()
+
+
+def read_many(uris: Sequence[str]) -> list[bytes | UserError]:
+    """Whole files, several at once where they are remote; for each its bytes, or the error that says why not.
+
+    Raises: StoreError where the store cannot be reached.
+    """
+    if not uris or is_local(uris[0]):
+        return [_read_or_error(uri) for uri in uris]
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        return list(pool.map(_read_or_error, uris))
+
+
+def _read_or_error(uri: str) -> bytes | UserError:
+    filesystem, path = filesystem_of(uri)
+    try:
+        with reaching(uri):
+            content: bytes = filesystem.cat_file(path)
+        return content
+    except StoreError:
+        raise
+    except UserError as error:
+        return error
 
 
 def read_text(uri: str) -> str:
@@ -133,69 +195,79 @@ def read_text(uri: str) -> str:
         raise UserError(f"{uri} is not a text file") from error
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Write a whole file or nothing: a reader sees the old content or the new, never a part.
+def entries(uri: str) -> list[Entry]:
+    """All files under a folder, sorted by path; empty where there is no such folder. Sub-folders are listed in parallel.
 
-    Local files go through a temporary file and a rename; a put to an object store is atomic by itself.
+    Raises: UserError where access is denied, StoreError where the store cannot be reached.
     """
-    filesystem, path = _filesystem(uri)
-    with _reaching(uri):
-        if not is_local(uri):
-            filesystem.pipe_file(path, data)
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    filesystem, root = filesystem_of(uri)
+    root = root.rstrip("/")
+    with reaching(uri):
+        filesystem.invalidate_cache()
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            Path(temporary).chmod(0o666 & ~umask)
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            here = filesystem.ls(root, detail=True)
+        except FileNotFoundError:
+            return []
+        found, folders = _split(here)
+        while len(folders) == 1:  # a lone folder between the root and where it branches
+            inside, folders = _split(filesystem.ls(folders[0], detail=True))
+            found += inside
+        with ThreadPoolExecutor(LISTING_THREADS) as pool:
+            for listed in pool.map(lambda folder: filesystem.find(folder, detail=True), folders):
+                found += listed.values()
+    files = {one["name"][len(root) + 1 :]: one for one in found}
+    return [entry_of(path, files[path]) for path in sorted(files) if path and not path.endswith("/")]
 
 
-def remove(uri: str) -> None:
-    """Remove a file if it is there.
+def _split(listed: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """(files, names of folders) of one listing; a local link to a folder is a folder."""
+    files, folders = [], []
+    for one in listed:
+        linked = one.get("islink") and Path(one["name"]).is_dir()
+        if one["type"] == "directory" or linked:
+            folders.append(one["name"])
+        else:
+            files.append(one)
+    return files, folders
 
-    Raises: UserError where the store refuses.
+
+def entry_of(path: str, said: dict[str, Any]) -> Entry:
+    """What a file system says of a file, as an entry of a listing."""
+    version = next((str(said[key]) for key in ("ETag", "etag", "mtime", "LastModified", "last_modified") if said.get(key)), "")
+    return Entry(path, int(said.get("size") or 0), version)
+
+
+def list_files(uri: str) -> list[Entry]:
+    """`entries` of a folder that must be there.
+
+    Raises: UserError where there is no such folder, or as `entries`.
     """
-    filesystem, path = _filesystem(uri)
-    with _reaching(uri):
-        if filesystem.exists(path):
-            filesystem.rm_file(path)
+    if not is_directory(uri):
+        raise UserError(f"no such folder: {uri}")
+    return entries(uri)
 
 
-def list_files(uri: str) -> list[tuple[str, int]]:
-    """All files under a folder as (path relative to it, bytes), sorted by path.
-
-    Raises: UserError where there is no such folder.
-    """
-    filesystem, root = _filesystem(uri)
-    with _reaching(uri):
-        if not filesystem.isdir(root):
-            raise UserError(f"no such folder: {uri}")
-        root = root.rstrip("/")
-        found = filesystem.find(root, detail=True)
-    return sorted((path[len(root) + 1 :], int(info.get("size") or 0)) for path, info in found.items())
-
-
-def glob_files(pattern: str) -> tuple[str, list[tuple[str, int]]]:
+def glob_files(pattern: str) -> tuple[str, list[Entry]]:
     """(folder before the first `*`, files as `list_files` gives them) of a pattern.
 
-    Raises: UserError where the store cannot be reached.
+    Raises: UserError where access is denied, StoreError where the store cannot be reached.
     """
-    filesystem, full = _filesystem(pattern)
-    with _reaching(pattern):
+    filesystem, full = filesystem_of(pattern)
+    with reaching(pattern):
         found = filesystem.glob(full, detail=True)
     root = posixpath.dirname(full.split("*")[0])
-    files = sorted((path[len(root) + 1 :], int(info["size"])) for path, info in found.items())
+    files = [entry_of(path[len(root) + 1 :], found[path]) for path in sorted(found) if found[path]["type"] != "directory"]
     return posixpath.dirname(pattern.split("*")[0]), files
+
+
+def modified(uri: str) -> float:
+    """When a file was last written, in seconds since 1970, by the store's clock.
+
+    Raises: UserError where there is no such file.
+    """
+    filesystem, path = filesystem_of(uri)
+    with reaching(uri):
+        return float(filesystem.modified(path).timestamp())
 
 
 def digest(parts: Iterable[Any]) -> str:

@@ -65,7 +65,7 @@ def test_print_config_makes_a_file_that_reads_back(tmp_path: Path, capsys: pytes
         parse(ExtractSettings, [*flags, "--print_config"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    assert yaml.safe_load(printed)["threshold"] == 0.4
+    assert yaml.safe_load(printed)["threshold"] == "0.4"
     (tmp_path / "made.yaml").write_text(printed)
     assert parse(ExtractSettings, ["--config", str(tmp_path / "made.yaml")]) == parse(ExtractSettings, flags)
 

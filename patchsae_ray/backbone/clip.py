@@ -17,6 +17,8 @@ from patchsae_ray.errors import UserError, first_line
 from patchsae_ray.names import Tokens
 
 DEFAULT_BLOCK_LAYER = -2
+CPU_TOKENS = 1024
+"""Tokens that go through the tower at once on a CPU."""
 
 
 class Backbone(nn.Module):
@@ -73,9 +75,25 @@ class Backbone(nn.Module):
             "cls": slice(0, 1),
         }[kind]
 
+    def token_types(self, kind: Tokens) -> tuple[tuple[str, ...], Tensor]:
+        """Names of the types among the tokens that `kind` means (cls, patch, prompt), and the type of each, [t] int64."""
+        image_end = self.num_tokens - self.num_prompt_tokens
+        every = ["cls", *["patch"] * (image_end - 1), *["prompt"] * self.num_prompt_tokens][self.token_slice(kind)]
+        names = tuple(dict.fromkeys(every))
+        return names, torch.tensor([names.index(name) for name in every])
+
     @torch.inference_mode()
     def to_hook(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels [n, h, w, 3] → residual stream after the hook's block [n, t, d]."""
+        """uint8 pixels [n, h, w, 3] → residual stream after the hook's block [n, t, d].
+
+        On a CPU a few images at a time, so that what a block makes on the way stays near the cache.
+        """
+        if pixels.is_cuda:
+            return self._blocks_to_hook(pixels)
+        images = max(1, CPU_TOKENS // self.num_tokens)
+        return torch.cat([self._blocks_to_hook(part) for part in pixels.split(images)])
+
+    def _blocks_to_hook(self, pixels: Tensor) -> Tensor:
         x = self.visual._embeds(self._normalise(pixels))
         for block in self.visual.transformer.resblocks[: self.hook_block + 1]:
             x = block(x)

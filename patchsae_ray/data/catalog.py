@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from patchsae_ray import configs, storage
+from patchsae_ray.data.kept import find_or_make
 from patchsae_ray.data.manifest import Manifest
-from patchsae_ray.data.sources import build_manifest
+from patchsae_ray.data.sources import Source, list_source, manifest_of
 from patchsae_ray.errors import UserError, nearest
 from patchsae_ray.settings import TrainSettings
 
@@ -43,16 +44,24 @@ def find_entry(name: str) -> DatasetEntry | None:
     return None if found is None else DatasetEntry(name=name, **found)
 
 
-def open_dataset(name: str, path: str | None, split: str | None, classnames: str | None) -> Manifest:
+def open_dataset(
+    name: str,
+    path: str | None,
+    split: str | None,
+    classnames: str | None,
+    root_dir: str | None = None,
+    relist: bool = False,
+) -> Manifest:
     """The manifest for `--dataset_name`, `--dataset_path`, `--split` and `--classnames`.
 
-    With a path the name is just a name; without one it is looked up in the catalog.
+    With a path the name is just a name; without one it is looked up in the catalog. With a `root_dir` the manifest that
+    is kept there is taken, unless the source has changed, or with `relist`.
 
     Raises: UserError for an unknown name or split, a source that is not there, or a class list that does not fit.
     """
     given = read_classnames(classnames) if classnames else None
     if path:
-        return _with_names(build_manifest(path, split), given)
+        return _with_names(_manifest(Source(storage.absolute(path), split), root_dir, relist), given)
     entry = find_entry(name)
     if entry is None:
         known = configs.names("datasets")
@@ -66,8 +75,12 @@ def open_dataset(name: str, path: str | None, split: str | None, classnames: str
         if split not in entry.splits:
             raise UserError(f"--split {split}: {name} has {', '.join(entry.splits)}{nearest(split, entry.splits)}")
         source, split = storage.join(source, entry.splits[split]), None
-    manifest = build_manifest(source, split, entry.image, entry.label)
+    manifest = _manifest(Source(storage.absolute(source), split, entry.image, entry.label), root_dir, relist)
     return _with_names(manifest, given or (read_classnames(entry.classnames) if entry.classnames else None))
+
+
+def _manifest(source: Source, root_dir: str | None, relist: bool) -> Manifest:
+    return find_or_make(source, root_dir, relist) if root_dir else manifest_of(source, list_source(source))
 
 
 def read_classnames(source: str) -> tuple[str, ...]:

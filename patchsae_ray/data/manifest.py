@@ -4,10 +4,15 @@ A unit is a fixed run of up to 512 consecutive images; an image's position in th
 order: image folders by sorted path, Parquet by sorted file and row, tars by sorted file and member.
 """
 
+import bisect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal, overload
+
+import numpy as np
+import pyarrow as pa
 
 from patchsae_ray import storage
 from patchsae_ray.errors import UserError
@@ -46,17 +51,110 @@ class Unit:
     def count(self) -> int:
         return sum(segment.count for segment in self.segments)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+
+_SEGMENT = pa.struct(
+    [
+        ("uri", pa.string()),
+        ("count", pa.int64()),
+        ("first", pa.int64()),
+        ("names", pa.list_(pa.string())),
+        ("labels", pa.list_(pa.int64())),
+    ]
+)
+UNIT_SCHEMA = pa.schema([("start", pa.int64()), ("count", pa.int64()), ("segments", pa.list_(_SEGMENT))])
+"""A unit as a row of Arrow, in memory and in a kept manifest."""
+UNITS_A_BATCH = 64
+
+Batches = Callable[[int], pa.RecordBatch]
+
+
+class UnitTable(Sequence[Unit]):
+    """All units of a data set, as Arrow batches of 64: in memory, or in a kept manifest's file, read as they are wanted.
+
+    Args:
+        batches: in memory.
+        uri: of an Arrow file; used where `batches` is None.
+    """
+
+    def __init__(self, batches: tuple[pa.RecordBatch, ...] | None, uri: str | None = None) -> None:
+        self._batches, self._uri = batches, uri
+        self._starts: np.ndarray | None = None
 
     @classmethod
-    def from_json(cls, text: str) -> "Unit":
-        fields = json.loads(text)
-        segments = tuple(
-            Segment(**{**segment, "names": tuple(segment["names"]), "labels": tuple(segment["labels"])})
-            for segment in fields["segments"]
+    def of(cls, units: Iterable[Unit]) -> "UnitTable":
+        """A table in memory."""
+        rows = [{"start": unit.start, "count": unit.count, "segments": [asdict(s) for s in unit.segments]} for unit in units]
+        parts = [rows[index : index + UNITS_A_BATCH] for index in range(0, len(rows), UNITS_A_BATCH)]
+        return cls(tuple(pa.RecordBatch.from_pylist(part, schema=UNIT_SCHEMA) for part in parts))
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """The batches in order."""
+        if self._batches is not None:
+            yield from self._batches
+        else:
+            reader = _open_arrow(self._uri or "")
+            for index in range(reader.num_record_batches):
+                yield reader.get_batch(index)
+
+    def in_memory(self) -> "UnitTable":
+        """The same table without its file, for machines that do not have it."""
+        return UnitTable(tuple(self.batches()))
+
+    def edges(self) -> np.ndarray:
+        """[units + 1] int64: position of each unit's first image, and the number of images at the end."""
+        if self._starts is None:
+            starts = [batch.column("start").to_numpy() for batch in self.batches()]
+            counts = [batch.column("count").to_numpy() for batch in self.batches()]
+            end = int(starts[-1][-1] + counts[-1][-1]) if starts else 0
+            self._starts = np.concatenate([*starts, np.array([end])]) if starts else np.zeros(1, np.int64)
+        return self._starts
+
+    def at(self, position: int) -> int:
+        """Index of the unit that holds an image.
+
+        Raises: IndexError where there is no such position.
+        """
+        edges = self.edges()
+        if not 0 <= position < edges[-1]:
+            raise IndexError(position)
+        return bisect.bisect_right(edges, position) - 1
+
+    def __len__(self) -> int:
+        return len(self.edges()) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Unit: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Unit]: ...
+    def __getitem__(self, index: int | slice) -> Unit | Sequence[Unit]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        return self.read(range(len(self))[index])
+
+    def read(self, index: int) -> Unit:
+        """Unit `index`, without looking at the others: what a worker does with a kept manifest."""
+        number, row = divmod(index, UNITS_A_BATCH)
+        batch = self._batches[number] if self._batches is not None else _kept_batch(self._uri or "", number)
+        found = batch.slice(row, 1).to_pylist()[0]
+        segments = (
+            Segment(one["uri"], one["count"], one["first"], tuple(one["names"]), tuple(one["labels"]))
+            for one in found["segments"]
         )
-        return cls(fields["index"], fields["start"], segments)
+        return Unit(index, found["start"], tuple(segments))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_batches": self._batches, "_uri": self._uri, "_starts": None}  # workers want a few units, not all starts
+
+
+@lru_cache(maxsize=4)
+def _open_arrow(uri: str) -> Any:
+    return pa.ipc.open_file(storage.open_read(uri))
+
+
+@lru_cache(maxsize=8)
+def _kept_batch(uri: str, number: int) -> pa.RecordBatch:
+    with storage.reaching(uri):
+        return _open_arrow(uri).get_batch(number)
 
 
 @dataclass(frozen=True)
@@ -75,11 +173,22 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Keeping:
+    """Where a manifest that was just made is to be kept, once a run is about to begin."""
+
+    folder: str
+    note: str
+    """File name of the note that leads from the source to it."""
+    content: dict[str, Any] | None
+    """Of the note, the manifest's name apart; None where a change of the source could go unseen."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All units of a data set."""
 
     source: str
-    units: tuple[Unit, ...]
+    units: UnitTable
     reading: Reading
     classnames: tuple[str, ...]
     """Empty where the source names no classes."""
@@ -92,10 +201,12 @@ class Manifest:
     """Files in a folder that are no images by their extension."""
     labels_are_names: bool = False
     """Labels come from names (class folders, strings), numbered in sorted order."""
+    keeping: Keeping | None = None
+    """None where it is kept already, or nowhere."""
 
     @property
     def num_images(self) -> int:
-        return sum(unit.count for unit in self.units)
+        return int(self.units.edges()[-1])
 
     @property
     def labelled(self) -> bool:

@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 from patchsae_ray import storage
 from patchsae_ray.data.images import BadImage, decode
 from patchsae_ray.data.manifest import NO_LABEL, Manifest, Reading, Segment, Unit
-from patchsae_ray.data.sources import IMAGE_EXTENSIONS, member_key
+from patchsae_ray.data.scans import IMAGE_EXTENSIONS, member_key
 from patchsae_ray.errors import UserError
 
 _ROWS_AT_ONCE = 64
+_FILES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,18 @@ class Raw:
     """One image as it lies in its source."""
 
     path: str
-    data: bytes
+    data: bytes | UserError
+    """Its bytes, or why there are none."""
     label: int
+
+    def decode(self, size: int) -> np.ndarray:
+        """Its pixels [size, size, 3].
+
+        Raises: BadImage with the reason.
+        """
+        if isinstance(self.data, UserError):
+            raise BadImage(str(self.data))
+        return decode(self.data, size)
 
 
 @dataclass
@@ -43,7 +54,10 @@ class DecodedUnit:
 
 
 def decode_unit(unit: Unit, reading: Reading, size: int) -> DecodedUnit:
-    """Read and decode a unit's images to [n, size, size, 3]; unreadable ones are listed with the reason."""
+    """Read and decode a unit's images to [n, size, size, 3]; unreadable ones are listed with the reason.
+
+    Raises: StoreError where the store does not answer; UserError where a file is not what it was.
+    """
     pixels, positions, labels, bad = [], [], [], []
     seconds = {"read": 0.0, "decode": 0.0}
     position = unit.start
@@ -52,7 +66,7 @@ def decode_unit(unit: Unit, reading: Reading, size: int) -> DecodedUnit:
         opened = time.perf_counter()
         seconds["read"] += opened - mark
         try:
-            pixels.append(decode(raw.data, size))
+            pixels.append(raw.decode(size))
             positions.append(position)
             labels.append(raw.label)
         except BadImage as error:
@@ -82,12 +96,12 @@ def read_image(manifest: Manifest, position: int) -> Raw:
 
     Raises: IndexError where there is no such position.
     """
-    for unit in manifest.units:
-        offset = position - unit.start
-        for segment in unit.segments if 0 <= offset < unit.count else ():
-            if offset < segment.count:
-                return _read_at(segment, offset, manifest.reading)
-            offset -= segment.count
+    unit = manifest.units[manifest.units.at(position)]
+    offset = position - unit.start
+    for segment in unit.segments:
+        if offset < segment.count:
+            return _read_at(segment, offset, manifest.reading)
+        offset -= segment.count
     raise IndexError(position)
 
 
@@ -102,14 +116,16 @@ def _read_at(segment: Segment, offset: int, reading: Reading) -> Raw:
 
 
 def _read_folder(segment: Segment, reading: Reading) -> Iterator[Raw]:
-    for name, label in zip(segment.names, segment.labels, strict=True):
-        yield Raw(name, storage.read_bytes(storage.join(segment.uri, name)), label)
+    for start in range(0, segment.count, _FILES_AT_ONCE):
+        names = segment.names[start : start + _FILES_AT_ONCE]
+        contents = storage.read_many([storage.join(segment.uri, name) for name in names])
+        yield from map(Raw, names, contents, segment.labels[start : start + _FILES_AT_ONCE])
 
 
 def _read_parquet(segment: Segment, reading: Reading) -> Iterator[Raw]:
     columns = [reading.image_column, *([reading.label_column] if reading.label_column else [])]
     label_of = {value: label for label, value in enumerate(reading.label_values)}
-    with storage.open_read(segment.uri) as opened:
+    with storage.open_read(segment.uri) as opened, storage.reaching(segment.uri):
         file = pq.ParquetFile(opened)
         groups, skip = _row_groups(file, segment)
         row = segment.first - skip
@@ -145,7 +161,7 @@ def _row_groups(file: "pq.ParquetFile", segment: Segment) -> tuple[list[int], in
 
 def _read_tar(segment: Segment, reading: Reading) -> Iterator[Raw]:
     """Samples from a byte offset on; members of one sample lie side by side, as in WebDataset."""
-    with storage.open_read(segment.uri) as opened:
+    with storage.open_read(segment.uri) as opened, storage.reaching(segment.uri):
         opened.seek(segment.first)
         found = 0
         with tarfile.open(fileobj=opened, mode="r|") as archive:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from patchsae_ray.measure.arrays import Arrays
+from patchsae_ray.measure.sums import CompensatedSum
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,16 @@ class QualityResult:
 
 
 class ReconstructionQuality:
-    """Exact sums for `QualityResult`, in float64.
+    """Sums for `QualityResult`.
 
     Args:
         width: d.
     """
 
     def __init__(self, width: int) -> None:
-        self.sums = np.zeros(width)
+        self.sums = CompensatedSum(width)
         """[d]: sum of x."""
-        self.totals = np.zeros(5)
+        self.totals = CompensatedSum(5)
         """Sums of |x|^2, |x - x'|^2, mean((x' - x)^2 / |x|), active latents, |z|."""
         self.counts = np.zeros(2, dtype=np.int64)
         """Images and tokens."""
@@ -43,22 +44,17 @@ class ReconstructionQuality:
     def update(self, x: Tensor, reconstruction: Tensor, latents: Tensor, num_images: int) -> None:
         """Take in tokens x [m, d], their reconstruction [m, d], and the values of their active latents."""
         x, error = x.to(torch.float64), (reconstruction - x).to(torch.float64) ** 2
-        self.sums += x.sum(dim=0).cpu().numpy()
+        self.sums.add(x.sum(dim=0).cpu().numpy())
         normalised = (error / x.norm(dim=-1, keepdim=True)).mean(dim=-1).sum()
         values = latents.to(torch.float64)
-        self.totals += [
-            float((x**2).sum()),
-            float(error.sum()),
-            float(normalised),
-            float((values > 0).sum()),
-            float(values.sum()),
-        ]
+        totals = [(x**2).sum(), error.sum(), normalised, (values > 0).sum(), values.sum()]
+        self.totals.add(np.array([float(total) for total in totals]))
         self.counts += [num_images, len(x)]
 
     def merge(self, other: "ReconstructionQuality") -> None:
         """Take in another's tokens."""
-        self.sums += other.sums
-        self.totals += other.totals
+        self.sums.merge(other.sums)
+        self.totals.merge(other.totals)
         self.counts += other.counts
 
     def result(self) -> QualityResult | None:
@@ -66,16 +62,18 @@ class ReconstructionQuality:
         images, tokens = (int(count) for count in self.counts)
         if tokens == 0:
             return None
-        squares, error, normalised, active, l1 = (float(total) for total in self.totals)
-        variance = squares - float((self.sums**2).sum()) / tokens
+        squares, error, normalised, active, l1 = (float(total) for total in self.totals.high)
+        variance = squares - float((self.sums.high**2).sum()) / tokens
         explained = 1 - error / variance if variance > 0 else float("nan")
         return QualityResult(images, tokens, explained, normalised / tokens, active / tokens, l1 / tokens)
 
     def to_arrays(self) -> Arrays:
-        return {"sums": self.sums, "totals": self.totals, "counts": self.counts}
+        return {"sums": self.sums.stacked(), "totals": self.totals.stacked(), "counts": self.counts}
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> "ReconstructionQuality":
-        made = cls(len(arrays["sums"]))
-        made.sums, made.totals, made.counts = arrays["sums"], arrays["totals"], arrays["counts"]
+        made = cls(arrays["sums"].shape[1])
+        made.sums = CompensatedSum.from_stacked(arrays["sums"])
+        made.totals = CompensatedSum.from_stacked(arrays["totals"])
+        made.counts = arrays["counts"]
         return made

@@ -1,6 +1,7 @@
 """Ray: reaching a cluster, and a plan of who gets what on it."""
 
 import logging
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import ray
 import ray.data  # configures its loggers on import, so before they are quietened
 
 from patchsae_ray.errors import UserError, first_line
-from patchsae_ray.settings import ModelSettings
+from patchsae_ray.settings import ModelSettings, SaeSettings
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ class Plan:
     """
 
     device: str
-    actors: int
+    min_actors: int
+    max_actors: int
     actor_cpus: float
     actor_gpus: float
     decode_cpus: float
@@ -33,9 +35,11 @@ class Plan:
     """fp32 or bf16."""
 
     def describe(self) -> str:
+        number = f"{self.min_actors}" if self.min_actors == self.max_actors else f"{self.min_actors} to {self.max_actors}"
+        gpus = f", {self.actor_gpus:g} GPU" if self.actor_gpus else ""
         return (
-            f"{self.precision}, {self.actors} {self.device} actor{'s' * (self.actors != 1)} with {self.actor_cpus:g} CPU and "
-            f"{self.threads} thread{'s' * (self.threads != 1)} each, {self.decode_cpus:g} CPU a decode task"
+            f"{self.precision}, {number} {self.device} actor{'s' * (self.max_actors != 1)} with {self.actor_cpus:g} CPU{gpus} "
+            f"and {self.threads} thread{'s' * (self.threads != 1)} each, {self.decode_cpus:g} CPU a decode task"
         )
 
 
@@ -45,7 +49,10 @@ def join(settings: ModelSettings) -> Plan:
     Raises: UserError where no cluster answers, or it lacks the device.
     """
     connect(settings.ray_address)
-    plan = make_plan(settings.device, settings.precision)
+    wishes = Wishes()
+    if isinstance(settings, SaeSettings):
+        wishes = Wishes(settings.worker_bounds(), settings.num_gpus, settings.decode_cpus)
+    plan = make_plan(settings.device, settings.precision, wishes)
     log.info("Ray: %s", plan.describe())
     return plan
 
@@ -87,32 +94,70 @@ def _probe(address: str) -> None:
         raise UserError(f"--ray_address {address}: no Ray cluster answers there ({first_line(error)})") from error
 
 
-def make_plan(device: str, precision: str = "auto") -> Plan:
+@dataclass(frozen=True)
+class Wishes:
+    """What the settings ask for; None is planned."""
+
+    workers: tuple[int, int] | None = None
+    num_gpus: float | None = None
+    decode_cpus: float | None = None
+
+
+def make_plan(device: str, precision: str = "auto", wishes: Wishes | None = None) -> Plan:
     """Shares for the cluster that `connect` joined.
 
     Args:
         device: `--device`; auto takes the GPUs if there are any.
         precision: `--precision`; auto is bf16 on a GPU and fp32 on a CPU.
+        wishes: `--workers`, `--num_gpus`, `--decode_cpus`.
 
-    Raises: UserError where CUDA is asked for and there is no GPU.
+    Raises: UserError where CUDA is asked for and there is no GPU to have, or the wishes leave no CPU to decode on.
     """
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
+    wishes = wishes or Wishes()
+    gpus = ray.cluster_resources().get("GPU", 0.0)
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
     cpus = [count for count in nodes if count > 0]
     if not cpus:
         raise UserError("the Ray cluster has no CPUs to decode images on")
-    if device == "cuda" and gpus == 0:
-        raise UserError("--device cuda: the cluster has no GPU; cpu or auto would be right")
-    if device != "cpu" and gpus > 0:
-        actor_cpus = 1.0 if sum(cpus) - gpus >= 1 else sum(cpus) / (2 * gpus)
-        decode_cpus = _decode_cpus(sum(cpus) - gpus * actor_cpus, actor_cpus)
-        return Plan("cuda", gpus, actor_cpus, 1.0, decode_cpus, 1, resolve_precision(precision, "cuda"))
+    if device == "cuda" and gpus == 0 and wishes.workers is None:
+        raise UserError(
+            "--device cuda: the cluster has no GPU; cpu or auto would be right, or --workers MIN:MAX where it will grow some"
+        )
+    if device != "cpu" and (gpus > 0 or device == "cuda"):
+        return _gpu_plan(gpus, sum(cpus), precision, wishes)
+    if wishes.num_gpus:
+        raise UserError(f"--num_gpus {wishes.num_gpus:g}: the model runs on CPUs here (--device {device}, {gpus:g} GPUs)")
+    return _cpu_plan(cpus, precision, wishes)
+
+
+def _gpu_plan(gpus: float, cpus: float, precision: str, wishes: Wishes) -> Plan:
+    each = 1.0 if wishes.num_gpus is None else wishes.num_gpus
+    if each == 0:
+        raise UserError("--num_gpus 0: an actor on a GPU needs some of it; 1, or a fraction, would be right")
+    low, high = wishes.workers or (max(1, int(gpus / each)),) * 2
+    actor_cpus = 1.0 if cpus - high >= 1 else round(cpus / (2 * high), 3)
+    decode_cpus = wishes.decode_cpus or _decode_cpus(cpus - high * actor_cpus, actor_cpus)
+    if decode_cpus == actor_cpus:
+        actor_cpus = round(0.9 * actor_cpus, 3)
+    return Plan("cuda", low, high, actor_cpus, each, decode_cpus, 1, resolve_precision(precision, "cuda"))
+
+
+def _cpu_plan(cpus: list[float], precision: str, wishes: Wishes) -> Plan:
     smallest = min(cpus)
-    actor_cpus = max(smallest - 1, 1.0) if smallest >= 2 else smallest / 2
-    decode_cpus = _decode_cpus(smallest - actor_cpus, actor_cpus)
-    threads = max(1, int(smallest))
-    return Plan("cpu", len(cpus), actor_cpus, 0.0, decode_cpus, threads, resolve_precision(precision, "cpu"))
+    low, high = wishes.workers or (len(cpus), len(cpus))
+    on_a_node = max(1, math.ceil(high / len(cpus)))
+    room = wishes.decode_cpus
+    if room is None:
+        share = 1.0 if on_a_node == 1 else smallest / 4
+        room = min(1.0, share) if smallest >= 2 else smallest / 2
+    if room >= smallest:
+        raise UserError(f"--decode_cpus {room:g}: the smallest machine has {smallest:g} CPUs, and the model needs some of them")
+    actor_cpus = math.floor(1000 * (smallest - room) / on_a_node) / 1000
+    decode_cpus = wishes.decode_cpus or _decode_cpus(smallest - on_a_node * actor_cpus, actor_cpus)
+    if decode_cpus == actor_cpus:
+        actor_cpus = round(0.9 * actor_cpus, 3)
+    threads = max(1, int(smallest // on_a_node))
+    return Plan("cpu", low, high, actor_cpus, 0.0, decode_cpus, threads, resolve_precision(precision, "cpu"))
 
 
 def _decode_cpus(left: float, actor_cpus: float) -> float:

@@ -7,21 +7,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from patchsae_ray import figures, storage
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
-from patchsae_ray.measure.arrays import without_prefix
-from patchsae_ray.measure.latents import LatentResult, LatentStatistics
-from patchsae_ray.measure.quality import QualityResult, ReconstructionQuality
+from patchsae_ray.measure.extraction import ExtractionSettings, ExtractionTotals
+from patchsae_ray.measure.latents import MAX_POSITIONS, LatentResult
+from patchsae_ray.measure.quality import QualityResult
 from patchsae_ray.pipelines import cluster
-from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.extract_worker import ExtractTask
 from patchsae_ray.pipelines.model import Inputs, read_inputs
+from patchsae_ray.pipelines.passes import Pass, UnitPass
 from patchsae_ray.pipelines.results import ResultFolder, run_key
 from patchsae_ray.pipelines.runner import Made, Session, run_once
 from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet, npy_bytes, tensor_bytes
-from patchsae_ray.pipelines.units import Pass, stream_partials
 from patchsae_ray.settings import ClassLatentsSettings, ExtractSettings
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ COUNTS_FILE = "cls_sae_cnt.npy"
 TOP_LABELS_FILE = "max_activating_image_label_indices.pt"
 QUALITY_FILE = "quality.json"
 FIGURE_FILE = "top_images.png"
+HISTOGRAM_FILE = "sae_activation_histogram.npy"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class LatentPass:
     latents: LatentResult
     quality: QualityResult | None
     record: Pass
+    key: str
+    """Under which its bundles are."""
 
 
 def feature_folder(settings: ClassLatentsSettings) -> str:
@@ -53,32 +56,47 @@ def counts_identity(settings: ClassLatentsSettings, inputs: Inputs, precision: s
         "manifest": inputs.manifest.digest,
         "classnames": list(inputs.manifest.classnames),
         "tokens": settings.tokens,
-        "threshold": settings.threshold,
+        "threshold": ",".join(f"{value:g}" for value in settings.thresholds()),
     }
 
 
 def run_pass(
-    what: str, settings: ClassLatentsSettings, inputs: Inputs, plan: Plan, top_k: int, quality_images: int = 0, seed: int = 0
+    what: str,
+    settings: ClassLatentsSettings,
+    inputs: Inputs,
+    session: Session,
+    top_k: int,
+    quality_images: int = 0,
+    seed: int = 0,
 ) -> LatentPass:
-    """One pass over the images on Ray.
+    """One pass over the images on Ray, committed unit by unit.
 
-    Raises: UserError past `--max_bad_fraction`, or where a label has no class.
+    Raises: UserError past `--max_bad_fraction`, where a label has no class, or where the pass cannot go on.
     """
-    model, manifest = inputs.model, inputs.manifest
-    log.info("%s: %s images in %d units", what, f"{manifest.num_images:,}", len(manifest.units))
+    model, manifest, plan = inputs.model, inputs.manifest, session.plan
+    if manifest.num_images > MAX_POSITIONS:
+        raise UserError(f"{manifest.source} has {manifest.num_images:,} images; {MAX_POSITIONS:,} can be told apart")
     sample = sample_positions(manifest.num_images, quality_images, seed)
-    task = ExtractTask(model.portable(plan.precision), settings.tokens, settings.threshold, settings.batch_size, top_k, sample)
-    sae = model.autoencoder
-    statistics, quality = LatentStatistics(sae.d_sae, top_k), ReconstructionQuality(sae.d_in)
-    kept = Pass(settings.max_bad_fraction, manifest.num_images)
-    for partial in stream_partials(what, manifest, model.config.image_size, task, plan):
-        kept.take(partial)
-        statistics.merge(LatentStatistics.from_arrays(without_prefix("latents", partial.arrays)))
-        quality.merge(ReconstructionQuality.from_arrays(without_prefix("quality", partial.arrays)))
-    highest = max(statistics.class_counts, default=-1)
+    measured = ExtractionSettings(settings.tokens, settings.thresholds(), top_k, sample)
+    key = bundle_key(session, measured)
+    task = ExtractTask(model.portable(plan.precision), measured, settings.batch_size)
+    totals, kept = UnitPass(
+        what, manifest, model.config.image_size, task, ExtractionTotals, session, key,
+        settings.max_bad_fraction, settings.no_progress_minutes,
+    ).run()  # fmt: skip
+    if totals.statistics is None or totals.quality is None:
+        raise UserError(f"{manifest.source}: every unit was given up, so there is nothing to write")
+    highest = max(totals.statistics.class_counts, default=-1)
     if highest >= manifest.num_classes:
         raise UserError(f"{manifest.source} has the label {highest}, but {manifest.num_classes} class names")
-    return LatentPass(statistics.result(manifest.num_classes), quality.result(), kept)
+    return LatentPass(totals.statistics.result(manifest.num_classes), totals.quality.result(), kept, key)
+
+
+def bundle_key(session: Session, measured: ExtractionSettings) -> str:
+    """The run key of the bundles: of all that a unit's statistics depend on, and not of the figure."""
+    identity = {key: value for key, value in session.folder.identity.items() if key not in {"figure_latents", "seed"}}
+    sample = measured.quality_positions
+    return run_key({**identity, "top_k": measured.top_k, "quality_sample": storage.digest([np.ascontiguousarray(sample)])})
 
 
 def sample_positions(num_images: int, wanted: int, seed: int) -> np.ndarray:
@@ -103,12 +121,12 @@ def extract(settings: ExtractSettings) -> dict[str, float]:
             "seed": settings.seed,
             "figure_latents": settings.figure_latents,
         }
-        outputs = _outputs(settings, inputs.manifest, identity)
+        outputs = _outputs(settings, inputs, identity)
         folders[precision] = ResultFolder(feature_folder(settings), "extract", identity, outputs)
 
     def work(session: Session) -> Made:
-        found = run_pass("extract", settings, inputs, session.plan, settings.top_k, settings.quality_images, settings.seed)
-        return _made(found, inputs.manifest, _files(settings, found, inputs.manifest))
+        found = run_pass("extract", settings, inputs, session, settings.top_k, settings.quality_images, settings.seed)
+        return _made(found, inputs.manifest, _files(settings, found, inputs), session)
 
     return _run(settings, folders, work)
 
@@ -124,13 +142,13 @@ def class_latents(settings: ClassLatentsSettings) -> dict[str, float]:
     folders = {}
     for precision in cluster.possible_precisions(settings.precision):
         identity = counts_identity(settings, inputs, precision)
-        outputs = dict.fromkeys((COUNTS_FILE, ERRORS_FILE), run_key(identity))
+        outputs = {**_counts_outputs(settings, identity), ERRORS_FILE: _numbers_key(identity)}
         folders[precision] = ResultFolder(feature_folder(settings), "class_latents", identity, outputs)
 
     def work(session: Session) -> Made:
-        found = run_pass("class_latents", settings, inputs, session.plan, top_k=1)
-        files = {COUNTS_FILE: npy_bytes(found.latents.class_counts), ERRORS_FILE: errors_parquet(found.record.bad)}
-        return _made(found, inputs.manifest, files)
+        found = run_pass("class_latents", settings, inputs, session, top_k=1)
+        files = {**_counts_files(settings, found.latents), ERRORS_FILE: errors_parquet(found.record.bad)}
+        return _made(found, inputs.manifest, files, session)
 
     return _run(settings, folders, work)
 
@@ -142,50 +160,73 @@ def _run(settings: ClassLatentsSettings, folders: dict[str, ResultFolder], work:
     return summary
 
 
-def _made(found: LatentPass, manifest: Manifest, files: dict[str, bytes]) -> Made:
+def _made(found: LatentPass, manifest: Manifest, files: dict[str, bytes], session: Session) -> Made:
     metrics = latent_metrics(found)
-    seconds = {f"seconds_{stage}": value for stage, value in found.record.seconds.items()}
-    record = {
-        "source": manifest.source,
-        "num_units": len(manifest.units),
-        "ignored_files": manifest.ignored_files,
-        **found.record.record(),
-    }
-    return Made(files, summary=metrics, metrics={**metrics, **seconds}, record=record)
-
-
-def _outputs(settings: ExtractSettings, manifest: Manifest, identity: dict[str, Any]) -> dict[str, str]:
-    """File → the key of just what it depends on, so that another figure or sample leaves the numbers valid."""
-    counts = {key: value for key, value in identity.items() if key not in _EXTRACT_ONLY}
-    tops = {**counts, "top_k": settings.top_k}
-    outputs = dict.fromkeys(_TOP_FILES, run_key(tops))
-    if manifest.labelled:
-        outputs[TOP_LABELS_FILE] = run_key(tops)
-        outputs[COUNTS_FILE] = run_key(counts)
-    if settings.figure_latents:
-        outputs[FIGURE_FILE] = run_key({**tops, "figure_latents": settings.figure_latents})
-    if settings.quality_images:
-        outputs[QUALITY_FILE] = run_key({**counts, "quality_images": settings.quality_images, "seed": settings.seed})
-    return {**outputs, ERRORS_FILE: run_key(counts)}
+    seconds = {f"seconds_{stage}": value for stage, value in found.record.seconds().items()}
+    record = {"source": manifest.source, "ignored_files": manifest.ignored_files, **found.record.record()}
+    spent = storage.join(session.folder.uri, "bundles")
+    return Made(files, metrics, {**metrics, **seconds}, record, spent=storage.join(spent, found.key))
 
 
 _EXTRACT_ONLY = {"top_k", "quality_images", "seed", "figure_latents"}
-_TOP_FILES = (
-    "max_activating_image_indices.pt",
-    "max_activating_image_values.pt",
-    "sae_mean_acts.pt",
-    "sae_sparsity.pt",
-)
+_TOP_FILES = ("max_activating_image_indices.pt", "max_activating_image_values.pt")
+_MEAN_FILES = ("sae_mean_acts.pt", "sae_sparsity.pt")
 
 
-def _files(settings: ExtractSettings, found: LatentPass, manifest: Manifest) -> dict[str, bytes]:
-    latents, top = found.latents, found.latents.top
+def _numbers_key(identity: dict[str, Any]) -> str:
+    """The key of what depends on the images, the model and the tokens alone."""
+    return run_key({key: value for key, value in identity.items() if key not in {*_EXTRACT_ONLY, "threshold"}})
+
+
+def counts_file(index: int, threshold: float) -> str:
+    """cls_sae_cnt.npy for the first threshold, cls_sae_cnt_0.5.npy for another."""
+    return COUNTS_FILE if index == 0 else f"{COUNTS_FILE.removesuffix('.npy')}_{threshold:g}.npy"
+
+
+def _counts_outputs(settings: ClassLatentsSettings, identity: dict[str, Any]) -> dict[str, str]:
+    base = {key: value for key, value in identity.items() if key not in _EXTRACT_ONLY}
+    thresholds = enumerate(settings.thresholds())
+    return {counts_file(index, threshold): run_key({**base, "threshold": threshold}) for index, threshold in thresholds}
+
+
+def _counts_files(settings: ClassLatentsSettings, latents: LatentResult) -> dict[str, bytes]:
+    thresholds = enumerate(settings.thresholds())
+    return {counts_file(index, threshold): npy_bytes(latents.class_counts[index]) for index, threshold in thresholds}
+
+
+def _type_names(settings: ClassLatentsSettings, inputs: Inputs) -> tuple[str, ...]:
+    """The types among the tokens measured, as `Backbone.token_types` names them."""
+    return {"all": ("cls", "patch"), "image": ("cls", "patch"), "patch": ("patch",), "cls": ("cls",)}[settings.tokens]
+
+
+def _outputs(settings: ExtractSettings, inputs: Inputs, identity: dict[str, Any]) -> dict[str, str]:
+    """File → the key of just what it depends on, so that another figure or sample leaves the numbers valid."""
+    numbers = _numbers_key(identity)
+    tops = run_key({"numbers": numbers, "top_k": settings.top_k})
+    by_type = [name.replace(".pt", f"_{kind}.pt") for kind in _type_names(settings, inputs) for name in _MEAN_FILES]
+    outputs = {**dict.fromkeys(_TOP_FILES, tops), **dict.fromkeys((*_MEAN_FILES, *by_type, HISTOGRAM_FILE), numbers)}
+    if inputs.manifest.labelled:
+        outputs[TOP_LABELS_FILE] = tops
+        outputs.update(_counts_outputs(settings, identity))
+    if settings.figure_latents:
+        outputs[FIGURE_FILE] = run_key({"top": tops, "figure_latents": settings.figure_latents})
+    if settings.quality_images:
+        outputs[QUALITY_FILE] = run_key({"numbers": numbers, "quality_images": settings.quality_images, "seed": settings.seed})
+    return {**outputs, ERRORS_FILE: numbers}
+
+
+def _files(settings: ExtractSettings, found: LatentPass, inputs: Inputs) -> dict[str, bytes]:
+    latents, top, manifest = found.latents, found.latents.top, inputs.manifest
     contents = (top.positions, top.values, latents.mean_acts, latents.sparsity)
-    files = {name: tensor_bytes(tensor) for name, tensor in zip(_TOP_FILES, contents, strict=True)}
+    files = {name: tensor_bytes(tensor) for name, tensor in zip((*_TOP_FILES, *_MEAN_FILES), contents, strict=True)}
+    for kind, *tensors in zip(_type_names(settings, inputs), latents.mean_acts_by_type, latents.sparsity_by_type, strict=True):
+        for name, tensor in zip(_MEAN_FILES, tensors, strict=True):
+            files[name.replace(".pt", f"_{kind}.pt")] = tensor_bytes(tensor.clone())
+    files[HISTOGRAM_FILE] = npy_bytes(latents.histogram)
     files[ERRORS_FILE] = errors_parquet(found.record.bad)
     if manifest.labelled:
-        files[TOP_LABELS_FILE] = tensor_bytes(top.labels)
-        files[COUNTS_FILE] = npy_bytes(latents.class_counts)
+        files[TOP_LABELS_FILE] = tensor_bytes(top.labels.to(torch.int64))
+        files.update(_counts_files(settings, latents))
     if settings.figure_latents:
         files[FIGURE_FILE] = figures.top_images(latents, manifest, settings.figure_latents)
     if settings.quality_images:

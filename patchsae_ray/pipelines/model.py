@@ -111,7 +111,9 @@ def read_inputs(settings: SaeSettings, text: bool = False) -> Inputs:
     Raises: UserError for whatever is wrong with them.
     """
     model = load_model(settings, text)
-    manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, settings.classnames)
+    manifest = open_dataset(
+        settings.dataset_name, settings.dataset_path, settings.split, settings.classnames, settings.root_dir, settings.relist
+    )
     return Inputs(model, manifest)
 
 

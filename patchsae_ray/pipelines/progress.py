@@ -1,61 +1,109 @@
-"""One line at a time: images done, images/s, time left. Reads well in a terminal and in `ray job logs`."""
+"""What is done and being tried, and one line at a time about it: images done, images/s, time left."""
 
 import logging
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 log = logging.getLogger(__name__)
 
 FIRST_LINE_SECONDS = 3.0
 LINE_SECONDS = 10.0
+QUIET_SECONDS = 60.0
+"""Without progress for this long, the line says so."""
 REPORT_SECONDS = 1.0
 
 
-class Meter:
-    """Images done in each unit, reported from inside the units, so that slow units show progress too."""
+class Ledger:
+    """Images done in each unit, reported from inside the units, and attempts at a unit that never ended.
 
-    def __init__(self) -> None:
-        self._done: dict[int, int] = {}
+    A unit is begun before it is worked on and ended after; one that was begun n times more often than it ended has taken n
+    processes with it.
 
-    def report(self, unit: int, images: int) -> None:
-        """`images` of a unit are done; a unit that is tried again counts once."""
-        self._done[unit] = max(images, self._done.get(unit, 0))
+    Args:
+        num_units: of the data set.
+    """
+
+    def __init__(self, num_units: int) -> None:
+        self._finished = np.zeros(num_units, dtype=bool)
+        self._finished_images = 0
+        self._in_flight: dict[int, int] = {}
+        self._attempts: dict[tuple[str, int], int] = {}
+
+    def begin(self, stage: str, unit: int) -> int:
+        """Note an attempt. Returns how many earlier ones never ended."""
+        earlier = self._attempts.get((stage, unit), 0)
+        self._attempts[(stage, unit)] = earlier + 1
+        return earlier
+
+    def end(self, stage: str, unit: int) -> None:
+        """The attempt ended, well or with an error."""
+        self._attempts.pop((stage, unit), None)
+
+    def report(self, unit: int, images: int, final: bool) -> None:
+        """`images` of a unit are done; a unit that is done again counts once."""
+        if self._finished[unit]:
+            return
+        if final:
+            self._finished[unit] = True
+            self._in_flight.pop(unit, None)
+            self._finished_images += images
+        else:
+            self._in_flight[unit] = max(images, self._in_flight.get(unit, 0))
 
     def total(self) -> int:
-        return sum(self._done.values())
+        """Images done."""
+        return self._finished_images + sum(self._in_flight.values())
+
+
+def start_ledger(num_units: int) -> Any:
+    """A ledger as an actor on the driver's own machine, so that it lives as long as the driver."""
+    return ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=on_this_machine()).remote(num_units)
+
+
+def on_this_machine() -> NodeAffinitySchedulingStrategy:
+    """Where the driver runs, and nowhere else."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class Reporter:
-    """An actor's side of the meter: at most one report a second, and one at the end of each unit."""
+    """An actor's side of the ledger: at most one report a second, and one at the end of each unit."""
 
-    def __init__(self, meter: Any) -> None:
-        self._meter = meter
+    def __init__(self, ledger: Any) -> None:
+        self._ledger = ledger
         self._last = 0.0
 
     def report(self, unit: int, images: int, final: bool = False) -> None:
         now = time.monotonic()
         if final or now - self._last >= REPORT_SECONDS:
-            self._meter.report.remote(unit, images)
+            self._ledger.report.remote(unit, images, final)
             self._last = now
 
 
 class ProgressLines:
-    """Logs a line every ten seconds while the `with` block runs.
+    """Logs a line every ten seconds while the `with` block runs, and knows how long nothing has moved.
 
     Args:
         what: the job's name in the line.
-        total: images to do.
+        total: images of the data set.
+        before: images that were done before.
+        ledger: the actor that knows.
+        publish: is told images done and images/s with each line.
     """
 
-    def __init__(self, what: str, total: int) -> None:
-        self.meter: Any = ray.remote(num_cpus=0)(Meter).remote()
-        self._what, self._total = what, total
+    def __init__(
+        self, what: str, total: int, before: int, ledger: Any, publish: Callable[[dict[str, float]], None] | None = None
+    ) -> None:
+        self._what, self._total, self._before, self._ledger, self._publish = what, total, before, ledger, publish
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._moved = time.monotonic()
 
     def __enter__(self) -> "ProgressLines":
         self._thread.start()
@@ -64,19 +112,39 @@ class ProgressLines:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
-        ray.kill(self.meter)
+
+    def moved(self) -> None:
+        """Something was done."""
+        self._moved = time.monotonic()
+
+    def quiet_seconds(self) -> float:
+        """How long nothing has been done."""
+        return time.monotonic() - self._moved
 
     def _watch(self) -> None:
         first: tuple[float, int] | None = None
+        last = 0
         wait = FIRST_LINE_SECONDS
         while not self._stop.wait(wait):
             wait = LINE_SECONDS
-            done = ray.get(self.meter.total.remote())
+            try:
+                done = int(ray.get(self._ledger.total.remote(), timeout=LINE_SECONDS))
+            except ray.exceptions.GetTimeoutError:
+                continue
             now = time.monotonic()
+            if done != last:
+                last = done
+                self.moved()
+            if self.quiet_seconds() >= QUIET_SECONDS:
+                log.info("%s: nothing done for %s", self._what, duration(self.quiet_seconds()))
+                continue
             if done == 0:
                 continue
             first = first or (now, done)
-            log.info(progress_line(self._what, done, self._total, done - first[1], now - first[0]))
+            recent, seconds = done - first[1], now - first[0]
+            log.info(progress_line(self._what, self._before + done, self._total, recent, seconds))
+            if self._publish is not None and seconds > 0:
+                self._publish({"images_done": float(self._before + done), "images_per_second_so_far": recent / seconds})
 
 
 def progress_line(what: str, done: int, total: int, recent: int, seconds: float) -> str:

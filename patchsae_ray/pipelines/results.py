@@ -1,18 +1,20 @@
 """A results folder: which run made each file, what is done already, what must not be overwritten.
 
-run.json holds `files` (name → run key, digest, job) and `runs` (job → its record). It is written before the files, with
+run.json holds `files` (name → run key, digest, job) and `runs` (job → its record). It is updated before the files, with
 what is about to be written under `pending`, and again after them; so a killed job leaves nothing that looks finished.
+Each update is made on what is there at that moment, so that jobs which end together lose nothing of each other's.
 """
 
 import hashlib
 import json
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from patchsae_ray import __version__, storage
 from patchsae_ray.errors import UserError
+from patchsae_ray.writing import remove, update, write_bytes
 
 FORMAT = 1
 RUN_FILE = "run.json"
@@ -47,6 +49,11 @@ class ResultFolder:
     def __post_init__(self) -> None:
         self._state = read_run_file(self.uri)
 
+    @property
+    def key(self) -> str:
+        """The run key."""
+        return run_key(self.identity)
+
     def done(self) -> bool:
         """Whether every output is there, under its key and as large as it was written."""
         for name, key in self.outputs.items():
@@ -59,7 +66,7 @@ class ResultFolder:
         """The record of this very run where this job made it, else that of the run that made the first output."""
         runs = self._state["runs"]
         own = runs.get(self.job)
-        if own and own["run_key"] == run_key(self.identity):
+        if own and own["run_key"] == self.key:
             return dict(own)
         return dict(runs[self._state["files"][next(iter(self.outputs))]["job"]])
 
@@ -95,13 +102,18 @@ class ResultFolder:
         key = differing[0]
         return f"{key} {_short(theirs[key])} there, {_short(self.identity[key])} here"
 
+    def done_meanwhile(self) -> bool:
+        """Whether another driver has finished this very run since it was looked at."""
+        self._state = read_run_file(self.uri)
+        return self.done()
+
     def write(self, name: str, data: bytes) -> None:
         """Write one output. It counts once the run is committed; until then it is this run's unfinished business."""
         if name not in self.outputs:
             raise ValueError(f"{name} is not among the outputs announced")
         if not self._written:
             self._begin()
-        storage.write_bytes(storage.join(self.uri, name), data)
+        storage.patiently(lambda: write_bytes(storage.join(self.uri, name), data))
         self._written[name] = {
             "key": self.outputs[name],
             "job": self.job,
@@ -111,31 +123,45 @@ class ResultFolder:
 
     def _begin(self) -> None:
         """Say what is about to be written; what this job wrote under another key and does not write now goes."""
-        known: dict[str, Any] = dict(self._state.get("files", {}))
-        stale = [name for name, entry in known.items() if entry["job"] == self.job and name not in self.outputs]
-        for name in [*stale, *self.outputs]:
-            known.pop(name, None)
-        runs = {key: value for key, value in self._state.get("runs", {}).items() if key != self.job}
-        pending = {**self._state.get("pending", {}), **self.outputs}
-        self._save({"files": known, "runs": runs, "pending": pending})
+        stale: list[str] = []
+
+        def change(state: dict[str, Any]) -> dict[str, Any]:
+            known: dict[str, Any] = dict(state.get("files", {}))
+            stale[:] = [name for name, entry in known.items() if entry["job"] == self.job and name not in self.outputs]
+            replaced = [name for name, key in self.outputs.items() if name in known and known[name]["key"] != key]
+            for name in [*stale, *replaced]:
+                known.pop(name)
+            runs = dict(state.get("runs", {}))
+            if runs.get(self.job, {}).get("run_key") != self.key:
+                runs.pop(self.job, None)
+            return {"files": known, "runs": runs, "pending": {**state.get("pending", {}), **self.outputs}}
+
+        self._update(change)
         for name in stale:
-            storage.remove(storage.join(self.uri, name))
+            remove(storage.join(self.uri, name))
 
     def commit(self, record: Mapping[str, Any]) -> None:
         """Declare the run finished; every output must have been written. What other jobs committed meanwhile stays."""
         missing = set(self.outputs) - set(self._written)
         if missing:
             raise ValueError(f"not written: {', '.join(sorted(missing))}")
-        state = read_run_file(self.uri)
-        pending = {name: key for name, key in state.get("pending", {}).items() if name not in self.outputs}
-        made = {"run_key": run_key(self.identity), "identity": dict(self.identity), **record}
-        files, runs = {**state.get("files", {}), **self._written}, {**state.get("runs", {}), self.job: made}
-        self._save({"files": files, "runs": runs, "pending": pending})
+        made = {"run_key": self.key, "identity": dict(self.identity), **record}
 
-    def _save(self, state: dict[str, Any]) -> None:
-        self._state = {"format": FORMAT, "version": __version__, **state}
-        text = json.dumps(self._state, indent=1, sort_keys=True, default=str) + "\n"
-        storage.write_bytes(storage.join(self.uri, RUN_FILE), text.encode())
+        def change(state: dict[str, Any]) -> dict[str, Any]:
+            pending = {name: key for name, key in state.get("pending", {}).items() if name not in self.outputs}
+            files, runs = {**state.get("files", {}), **self._written}, {**state.get("runs", {}), self.job: made}
+            return {"files": files, "runs": runs, "pending": pending}
+
+        self._update(change)
+
+    def _update(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        uri = storage.join(self.uri, RUN_FILE)
+
+        def changed(data: bytes | None) -> bytes:
+            self._state = {"format": FORMAT, "version": __version__, **change(_parse(data, uri))}
+            return (json.dumps(self._state, indent=1, sort_keys=True, default=str) + "\n").encode()
+
+        storage.patiently(lambda: update(uri, changed))
 
 
 def finished(folders: Mapping[str, ResultFolder], overwrite: bool) -> ResultFolder | None:
@@ -165,10 +191,14 @@ def read_run_file(folder: str) -> dict[str, Any]:
     Raises: UserError where it is damaged or of a later format.
     """
     uri = storage.join(folder, RUN_FILE)
-    if not storage.exists(uri):
+    return _parse(storage.read_bytes(uri) if storage.exists(uri) else None, uri)
+
+
+def _parse(data: bytes | None, uri: str) -> dict[str, Any]:
+    if data is None:
         return {}
     try:
-        state = json.loads(storage.read_text(uri))
+        state = json.loads(data)
     except ValueError as error:
         raise UserError(f"{uri} is not JSON: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

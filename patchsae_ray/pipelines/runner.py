@@ -1,16 +1,18 @@
 """What the jobs have in common: see whether it is done, join Ray, open an MLflow run, work, commit, log."""
 
 import logging
+import posixpath
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from patchsae_ray import storage
+from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished, run_key
 from patchsae_ray.settings import ModelSettings, as_dict
 from patchsae_ray.tracking import Tracker, tracked
+from patchsae_ray.writing import check_writable, remove_empty, remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,8 @@ class Made:
     """MLflow's step of the metrics."""
     tags: Mapping[str, Any] = field(default_factory=dict)
     """Digests of what was made."""
+    spent: str | None = None
+    """A folder of partial results that the files replace; removed once they are committed."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,22 @@ def run_once(settings: ModelSettings, folders: Mapping[str, ResultFolder], work:
     if done:
         log.info("%s: done already, nothing to do; results in %s", done.job, done.uri)
         return dict(done.record()["summary"])
-    storage.check_writable(settings.root_dir)
+    check_writable(settings.root_dir)
     plan = cluster.join(settings)
     folder = folders[plan.precision]
     folder.check(settings.overwrite)
     with tracked(settings.root_dir, folder.job, as_dict(settings)) as tracker:
         tracker.tags({**folder.identity, "run_key": run_key(folder.identity), "results": folder.uri})
-        made = work(Session(plan, tracker, folder))
+        try:
+            made = work(Session(plan, tracker, folder))
+        except UserError:
+            if not folder.done_meanwhile():
+                raise
+            made = None  # another driver has finished the run, and taken the partial results that this one was reading
+        if made is None or folder.done_meanwhile():
+            log.info("%s: another driver has finished this run; results in %s", folder.job, folder.uri)
+            _remove_spent(made)
+            return dict(folder.record()["summary"])
         common = {
             "settings": as_dict(settings),
             "device": plan.device,
@@ -73,7 +86,19 @@ def run_once(settings: ModelSettings, folders: Mapping[str, ResultFolder], work:
         for name, data in made.files.items():
             folder.write(name, data)
         folder.commit({**common, **made.record, **made.tags})
+        _remove_spent(made)
         tracker.tags(made.tags)
         tracker.metrics(made.metrics, made.step)
         tracker.files(folder.uri, [*folder.outputs, RUN_FILE])
     return made.summary
+
+
+def _remove_spent(made: Made | None) -> None:
+    """The results are committed: what remains of partial ones is untidy, and no fault."""
+    if made is None or made.spent is None:
+        return
+    try:
+        remove_tree(made.spent)
+        remove_empty(posixpath.dirname(made.spent))
+    except UserError as error:
+        log.warning("%s; `jobs/extract.py --clean` removes what is left", error)

@@ -12,16 +12,14 @@ from patchsae_ray import figures, storage
 from patchsae_ray.backbone.zero_shot import OPENAI_IMAGENET_TEMPLATES
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError, nearest
-from patchsae_ray.measure.arrays import without_prefix
 from patchsae_ray.measure.masking import MaskingAccuracy, settings_of
 from patchsae_ray.pipelines import cluster
-from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.model import Inputs, LoadedModel, read_inputs
+from patchsae_ray.pipelines.passes import Pass, UnitPass
 from patchsae_ray.pipelines.results import ResultFolder, record_of_file, run_key
 from patchsae_ray.pipelines.runner import Made, Session, run_once
-from patchsae_ray.pipelines.steer_worker import SteerTask, classifier_rows
+from patchsae_ray.pipelines.steer_worker import SteerTask, SteerTotals, classifier_rows
 from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet
-from patchsae_ray.pipelines.units import Pass, stream_partials
 from patchsae_ray.settings import SteerSettings
 
 log = logging.getLogger(__name__)
@@ -138,12 +136,13 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
         folders[precision] = ResultFolder(uri, "steer", identity, dict.fromkeys(names, run_key(identity)))
 
     def work(session: Session) -> Made:
-        accuracy, kept = run_steering(settings, inputs, session.plan)
+        accuracy, kept = run_steering(settings, inputs, session)
         curves = _curves(accuracy, inputs.ks)
         counts_from = record_of_file(settings.cls_wise_sae_activation_path)
         made_by = {"counts_run_key": counts_from["run_key"] if counts_from else None}
         record = {"source": inputs.manifest.source, **kept.record()}
-        return Made(_files(inputs, accuracy, curves, kept), curves, _metrics(curves, kept), record, tags=made_by)
+        files, metrics = _files(inputs, accuracy, curves, kept), _metrics(curves, kept)
+        return Made(files, curves, metrics, record, tags=made_by, spent=storage.join(uri, "bundles", session.folder.key))
 
     curves = run_once(settings, folders, work)
     whole = curves[inputs.rankings[0]]["on"][-1] if inputs.ks[-1] == inputs.model.autoencoder.d_sae else None
@@ -154,31 +153,29 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     return curves
 
 
-def run_steering(settings: SteerSettings, inputs: SteerInputs, plan: Plan) -> tuple[dict[str, MaskingAccuracy], Pass]:
+def run_steering(settings: SteerSettings, inputs: SteerInputs, session: Session) -> tuple[dict[str, MaskingAccuracy], Pass]:
     """The pass on Ray: right predictions a ranking, and what was kept of the pass.
 
-    Raises: UserError past `--max_bad_fraction`.
+    Raises: UserError past `--max_bad_fraction`, or where the pass cannot go on.
     """
-    manifest = inputs.manifest
+    manifest, plan = inputs.manifest, session.plan
     prompts = len(OPENAI_IMAGENET_TEMPLATES) * len(manifest.classnames)
     log.info("steer: classifier from %s prompts", f"{prompts:,}")
     remote = ray.remote(classifier_rows).options(num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus)
     weights = {name: value.numpy() for name, value in inputs.model.state_dict.items()}
     classifier = ray.get(remote.remote(inputs.model.config, weights, manifest.classnames, plan))
-    rankings = ", ".join(inputs.rankings)
-    log.info("steer: %s images, %d values of k, ranked by %s", f"{manifest.num_images:,}", len(inputs.ks), rankings)
+    log.info("steer: %d values of k, ranked by %s", len(inputs.ks), ", ".join(inputs.rankings))
     task = SteerTask(
         inputs.model.portable(plan.precision), classifier, inputs.counts, tuple(inputs.ks), tuple(inputs.rankings),
         settings.output_offset, settings.seed, settings.batch_size,
     )  # fmt: skip
-    kept = Pass(settings.max_bad_fraction, manifest.num_images)
+    totals, kept = UnitPass(
+        "steer", manifest, inputs.model.config.image_size, task, SteerTotals, session, session.folder.key,
+        settings.max_bad_fraction, settings.no_progress_minutes,
+    ).run()  # fmt: skip
     num_settings = 1 + 2 * len(inputs.ks)
-    accuracy = {ranking: MaskingAccuracy(num_settings, manifest.num_classes) for ranking in inputs.rankings}
-    for partial in stream_partials("steer", manifest, inputs.model.config.image_size, task, plan):
-        kept.take(partial)
-        for ranking, total in accuracy.items():
-            total.merge(MaskingAccuracy.from_arrays(without_prefix(ranking, partial.arrays)))
-    return accuracy, kept
+    nothing = MaskingAccuracy(num_settings, manifest.num_classes)
+    return {ranking: totals.accuracy.get(ranking, nothing) for ranking in inputs.rankings}, kept
 
 
 def _metric_files(rankings: list[str]) -> dict[str, str]:

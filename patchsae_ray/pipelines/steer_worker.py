@@ -16,11 +16,11 @@ from patchsae_ray.backbone.clip import build_clip
 from patchsae_ray.backbone.config import BackboneConfig
 from patchsae_ray.backbone.zero_shot import logits, text_embeddings
 from patchsae_ray.data.units import DecodedUnit
-from patchsae_ray.measure.arrays import Arrays, prefixed
+from patchsae_ray.measure.arrays import Arrays, prefixed, without_prefix
 from patchsae_ray.measure.masking import MaskingAccuracy
+from patchsae_ray.measure.stages import StageTimer
 from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.model import PortableModel
-from patchsae_ray.pipelines.units import StageTimer
 from patchsae_ray.sae.ops import active_latents, masked_reconstructions
 
 
@@ -52,6 +52,29 @@ class SteerTask:
         return SteerWorker(self, device)
 
 
+class SteerTotals:
+    """Right predictions by ranking, of any number of units."""
+
+    def __init__(self) -> None:
+        self.accuracy: dict[str, MaskingAccuracy] = {}
+
+    def add(self, arrays: Arrays) -> None:
+        """Take in what a unit, or another's `to_arrays`, gave."""
+        for ranking in sorted({name.split("/")[0] for name in arrays}):
+            found = MaskingAccuracy.from_arrays(without_prefix(ranking, arrays))
+            if ranking in self.accuracy:
+                self.accuracy[ranking].merge(found)
+            else:
+                self.accuracy[ranking] = found
+
+    def to_arrays(self) -> Arrays:
+        """Everything as arrays."""
+        arrays: Arrays = {}
+        for ranking, counts in self.accuracy.items():
+            arrays.update(prefixed(ranking, counts.to_arrays()))
+        return arrays
+
+
 class SteerWorker:
     """The model on its device, turning units into counts of right predictions."""
 
@@ -74,8 +97,8 @@ class SteerWorker:
         return torch.from_numpy(ranks).to(self._device)
 
     @torch.inference_mode()
-    def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> Arrays:
-        """A unit's right predictions for every ranking and setting."""
+    def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
+        """A unit's right predictions for every ranking and setting, and stage times."""
         num_settings, num_classes = 1 + 2 * len(self._ks), len(self._classifier)
         accuracy = {ranking: MaskingAccuracy(num_settings, num_classes) for ranking in self._task.rankings}
         timer = StageTimer(self._device)
@@ -90,11 +113,9 @@ class SteerWorker:
                 if label >= 0:
                     self._steer_image(residual[index], int(unmasked[index]), label, accuracy, timer)
                 report(start + index + 1)
-        unit.seconds.update(timer.seconds)
-        arrays: Arrays = {}
-        for ranking, counts in accuracy.items():
-            arrays.update(prefixed(ranking, counts.to_arrays()))
-        return arrays
+        totals = SteerTotals()
+        totals.accuracy = accuracy
+        return totals.to_arrays(), timer.seconds
 
     def _steer_image(
         self, residual: Tensor, unmasked: int, label: int, accuracy: dict[str, MaskingAccuracy], timer: StageTimer

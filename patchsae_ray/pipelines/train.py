@@ -15,17 +15,18 @@ import torch
 from patchsae_ray import storage
 from patchsae_ray.backbone.weights import state_digest
 from patchsae_ray.data.catalog import open_dataset
+from patchsae_ray.data.kept import keep
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.shuffle import unit_order
 from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.model import LoadedModel, load_model
+from patchsae_ray.pipelines.passes import Pass
 from patchsae_ray.pipelines.progress import LINE_SECONDS, progress_line
 from patchsae_ray.pipelines.results import ResultFolder, run_key
 from patchsae_ray.pipelines.runner import Made, Session, run_once
 from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet
 from patchsae_ray.pipelines.train_worker import Message, TrainTask, checkpoint_steps, train_units
-from patchsae_ray.pipelines.units import Pass
 from patchsae_ray.sae.checkpoint import safetensors_bytes, torch_bytes
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.settings import TrainSettings, as_dict
@@ -41,7 +42,9 @@ def train(settings: TrainSettings) -> dict[str, float]:
     Raises: UserError for whatever is wrong with the settings, the inputs or the folder.
     """
     model = load_model(settings)
-    manifest = open_dataset(settings.dataset_name, settings.dataset_path, settings.split, None)
+    manifest = open_dataset(
+        settings.dataset_name, settings.dataset_path, settings.split, None, settings.root_dir, settings.relist
+    )
     total_images = images_to_train_on(settings, model)
     uri = checkpoint_folder(settings, model, manifest, total_images)
     folders = {}
@@ -64,7 +67,7 @@ def run_training(settings: TrainSettings, model: LoadedModel, manifest: Manifest
 
     Raises: UserError past `--max_bad_fraction` or where the loss stops being finite.
     """
-    plan = session.plan
+    plan, manifest = session.plan, keep(manifest)
     readable = manifest.num_images * (1 - min(settings.max_bad_fraction, 0.5))
     epochs = math.ceil(total_images / max(1.0, readable))
     order = tuple(unit_order(len(manifest.units), epochs, settings.seed))
@@ -74,12 +77,12 @@ def run_training(settings: TrainSettings, model: LoadedModel, manifest: Manifest
         settings.batch_size, f"{model.config.width * settings.expansion_factor:,}",
     )  # fmt: skip
     remote = ray.remote(train_units).options(num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus, max_retries=0)
-    kept = Pass(settings.max_bad_fraction, manifest.num_images)
+    kept = Pass(settings.max_bad_fraction, manifest.num_images, len(manifest.units))
     config = checkpoint_config(settings, model, total_images)
     progress = _TrainProgress(total_images)
     for reference in remote.remote(ray.put(task), manifest, model.config.image_size, plan):
         message: Message = _get(reference)
-        kept.bad.extend(message.bad)
+        kept.notes.bad.extend(message.bad)
         kept.check()
         session.tracker.metrics({f"train_{name}": value for name, value in message.metrics.items()}, message.step)
         progress.show(message)
@@ -89,7 +92,7 @@ def run_training(settings: TrainSettings, model: LoadedModel, manifest: Manifest
             )
             for name, data in _checkpoint_files(sae, message, config).items():
                 session.folder.write(name, data)
-    kept.seconds, kept.actor_peak_bytes = message.seconds, message.peak_bytes
+    kept.notes.seconds, kept.notes.peak_bytes = message.seconds, message.peak_bytes
     summary = _summary(message, kept)
     record = {"source": manifest.source, **kept.record()}
     made = {"sae": state_digest(sae.state_dict())}

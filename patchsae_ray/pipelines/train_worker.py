@@ -16,9 +16,11 @@ from patchsae_ray.backbone.clip import Backbone
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.shuffle import batches
 from patchsae_ray.errors import UserError
+from patchsae_ray.measure.stages import StageTimer, peak_bytes
+from patchsae_ray.pipelines.bundles import BadRows
 from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.model import PortableModel
-from patchsae_ray.pipelines.units import BadRows, StageTimer, decoded_units, peak_bytes
+from patchsae_ray.pipelines.units import decoded_units
 from patchsae_ray.sae.model import SparseAutoencoder, geometric_median, initialise
 from patchsae_ray.sae.objective import Objective
 from patchsae_ray.sae.schedules import Schedule
@@ -111,7 +113,7 @@ class DecodedBlocks:
     """
 
     def __init__(self, manifest: Manifest, order: tuple[int, ...], image_size: int, plan: Plan) -> None:
-        self._rows = decoded_units(manifest, [manifest.units[index] for index in order], image_size, plan)
+        self._rows = decoded_units(manifest, order, image_size, plan)
         self._seen: set[int] = set()
         self._bad: BadRows = []
 

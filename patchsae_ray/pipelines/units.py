@@ -4,36 +4,43 @@ A unit is one row whose pixels are one tensor cell; a partial is one block of by
 """
 
 import json
-import resource
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import ray
 import torch
 
-from patchsae_ray.data.manifest import Manifest, Unit
+from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.units import DecodedUnit, decode_unit
-from patchsae_ray.errors import UserError
-from patchsae_ray.measure.arrays import Arrays, from_bytes, to_bytes
+from patchsae_ray.measure.arrays import Arrays
+from patchsae_ray.measure.stages import peak_bytes
+from patchsae_ray.pipelines.bundles import Notes, pack
 from patchsae_ray.pipelines.cluster import Plan
-from patchsae_ray.pipelines.progress import ProgressLines, Reporter
+from patchsae_ray.pipelines.progress import Reporter
+from patchsae_ray.storage import patiently
 
-NO_PROGRESS_SECONDS = 6 * 3600
-"""Without a finished unit for this long the run is given up; 512 images of a large ViT on a CPU may take hours."""
-
-BadRows = list[tuple[int, str, str]]
-"""(position, path, reason)."""
+MAX_DEATHS = 4
+"""Processes that a unit may take with it before it is given up; Ray by itself would try without end."""
 
 
 class UnitWorker(Protocol):
     """What runs inside an actor, with the model loaded."""
 
-    def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> Arrays:
-        """One unit → its partial result; `report` takes the number of images done so far."""
+    def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
+        """One unit → its partial result and stage times; `report` takes the number of images done so far."""
+        ...
+
+
+class Totals(Protocol):
+    """What partial results are merged in; made without arguments."""
+
+    def add(self, arrays: Arrays) -> None:
+        """Take in a partial result, or another's `to_arrays`."""
+        ...
+
+    def to_arrays(self) -> Arrays:
+        """All that was taken in, for `add`."""
         ...
 
 
@@ -45,42 +52,30 @@ class UnitTask(Protocol):
         ...
 
 
-@dataclass
-class Partial:
-    """One unit's result as it reaches the driver."""
+class _Attempt:
+    """An attempt at a unit, on record in the ledger while the `with` block runs."""
 
-    arrays: Arrays
-    bad: BadRows
-    seconds: dict[str, float]
-    """Stage times of this unit."""
-    peak_bytes: int
-    """Peak resident memory of the actor so far."""
+    def __init__(self, ledger: Any, stage: str, unit: int) -> None:
+        self._ledger, self._stage, self._unit = ledger, stage, unit
 
+    def __enter__(self) -> str:
+        """Why the unit must not be tried again; empty where it may."""
+        deaths = int(ray.get(self._ledger.begin.remote(self._stage, self._unit)))
+        if deaths < MAX_DEATHS:
+            return ""
+        return f"unit {self._unit} was given up: {deaths} processes died at it in '{self._stage}'"
 
-class StageTimer:
-    """Seconds by stage; on a GPU each mark waits for the device, so that a stage is charged what it used."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def mark(self, stage: str) -> None:
-        """Charge the time since the last mark to `stage`."""
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
+    def __exit__(self, *error: object) -> None:
+        self._ledger.end.remote(self._stage, self._unit)
 
 
 class _Actor:
     """One row in, one partial out; runs in a process of its own."""
 
-    def __init__(self, task: "ray.ObjectRef[UnitTask]", plan: Plan, progress: Any) -> None:
+    def __init__(self, task: "ray.ObjectRef[UnitTask]", plan: Plan, ledger: Any) -> None:
         torch.set_num_threads(plan.threads)
         self._worker = ray.get(task).start(plan.device)
-        self._reporter = Reporter(progress)
+        self._ledger, self._reporter = ledger, Reporter(ledger)
 
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
         if len(row["index"]) != 1:
@@ -88,123 +83,83 @@ class _Actor:
         index = int(row["index"][0])
         header = json.loads(row["header"][0])
         unit = DecodedUnit(row["pixels"][0], row["positions"][0], row["labels"][0], header["bad"], header["seconds"])
-        arrays = self._worker.process(unit, lambda images: self._reporter.report(index, images))
-        self._reporter.report(index, len(unit.positions) + len(unit.bad), final=True)
-        return {"partial": [_pack(arrays, unit)]}
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process, in bytes (getrusage counts kilobytes on Linux, bytes on macOS)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _pack(arrays: Arrays, unit: DecodedUnit) -> bytes:
-    header = json.dumps({"bad": unit.bad, "seconds": unit.seconds, "peak_bytes": peak_bytes()}).encode()
-    return to_bytes({**arrays, "header": np.frombuffer(header, dtype=np.uint8)})
-
-
-def _unpack(data: bytes) -> Partial:
-    arrays = from_bytes(data)
-    header = json.loads(arrays.pop("header").tobytes())
-    bad = [(int(position), str(path), str(reason)) for position, path, reason in header["bad"]]
-    return Partial(arrays, bad, header["seconds"], header["peak_bytes"])
+        notes = Notes([index], len(unit.positions), unit.bad, unit.seconds, failed=header["failed"])
+        arrays: Arrays = {}
+        if not notes.failed:
+            with _Attempt(self._ledger, "model", index) as failed:
+                notes.failed = failed
+                if not failed:
+                    arrays, seconds = self._worker.process(unit, lambda images: self._reporter.report(index, images))
+                    notes.seconds.update(seconds)
+        notes.peak_bytes = peak_bytes()
+        self._reporter.report(index, header["count"], final=True)
+        return {"partial": [pack(arrays, notes)]}
 
 
 class DecodeRow:
     """A unit's row → its pixels as one tensor cell."""
 
-    def __init__(self, manifest: Manifest, image_size: int) -> None:
-        self._reading, self._image_size = manifest.reading, image_size
+    def __init__(self, manifest: Manifest, image_size: int, ledger: Any = None) -> None:
+        self._units, self._reading, self._image_size = manifest.units, manifest.reading, image_size
+        self._ledger = ledger
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        unit = Unit.from_json(row["unit"])
-        decoded = decode_unit(unit, self._reading, self._image_size)
+        index = int(row["unit"])
+        if self._ledger is None:
+            return self._decode(index)
+        with _Attempt(self._ledger, "decode", index) as failed:
+            return self._given_up(index, failed) if failed else self._decode(index)
+
+    def _decode(self, index: int) -> dict[str, Any]:
+        unit = self._units.read(index)
+        decoded = patiently(lambda: decode_unit(unit, self._reading, self._image_size))
+        return self._row(index, unit.count, decoded)
+
+    def _given_up(self, index: int, failed: str) -> dict[str, Any]:
+        nothing = np.zeros(0, np.int64)
+        pixels = np.zeros((0, self._image_size, self._image_size, 3), np.uint8)
+        return self._row(index, self._units.read(index).count, DecodedUnit(pixels, nothing, nothing, []), failed)
+
+    def _row(self, index: int, count: int, decoded: DecodedUnit, failed: str = "") -> dict[str, Any]:
+        header = {"bad": decoded.bad, "seconds": decoded.seconds, "failed": failed, "count": count}
         return {
-            "index": unit.index,
+            "index": index,
             "pixels": decoded.pixels,
             "positions": decoded.positions,
             "labels": decoded.labels,
-            "header": json.dumps({"bad": decoded.bad, "seconds": decoded.seconds}),
+            "header": json.dumps(header),
         }
 
 
-def decoded_units(manifest: Manifest, units: Sequence[Unit], image_size: int, plan: Plan) -> Any:
-    """A Ray Data set of decoded units, one row and one block each, in the order given."""
+def decoded_units(manifest: Manifest, units: Sequence[int], image_size: int, plan: Plan, ledger: Any = None) -> Any:
+    """A Ray Data set of decoded units by their indices, one row and one block each, in the order given."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
-    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
-    rows = ray.data.from_items([{"unit": unit.to_json()} for unit in units], override_num_blocks=len(units))
-    return rows.map(DecodeRow(manifest, image_size).__call__, num_cpus=plan.decode_cpus)
+    context.execution_no_progress_timeout_s = -1  # ours looks inside the units
+    rows = ray.data.from_items([{"unit": int(unit)} for unit in units], override_num_blocks=len(units))
+    return rows.map(DecodeRow(manifest, image_size, ledger).__call__, num_cpus=plan.decode_cpus)
 
 
-def stream_partials(what: str, manifest: Manifest, image_size: int, task: UnitTask, plan: Plan) -> Iterator[Partial]:
-    """Every unit's partial, as they are done, in any order.
+def partials(
+    manifest: Manifest, units: Sequence[int], image_size: int, task: "ray.ObjectRef[UnitTask]", plan: Plan, ledger: Any
+) -> Any:
+    """A Ray Data set of the units' partials, one block each, in any order.
 
     Args:
-        what: the job's name in progress lines.
         manifest: the images.
+        units: indices of the units.
         image_size: side of the decoded pixels.
-        task: what the actors run; it goes through the object store once.
+        task: what the actors run.
         plan: who gets what.
+        ledger: told what is tried and done.
     """
-    with ProgressLines(what, manifest.num_images) as progress:
-        actors = min(plan.actors, len(manifest.units))
-        partials = decoded_units(manifest, manifest.units, image_size, plan).map_batches(
-            _Actor,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            num_cpus=plan.actor_cpus,
-            num_gpus=plan.actor_gpus or None,
-            fn_constructor_args=(ray.put(task), plan, progress.meter),
-        )
-        for batch in partials.iter_batches(batch_size=None, prefetch_batches=0):
-            for data in batch["partial"]:
-                yield _unpack(bytes(data))
-
-
-@dataclass
-class Pass:
-    """What every pass over a data set keeps beside its own results."""
-
-    max_bad_fraction: float
-    num_images: int
-    bad: BadRows = field(default_factory=list)
-    actor_peak_bytes: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
-
-    def take(self, partial: Partial) -> None:
-        """Add a partial's bad rows and times.
-
-        Raises: UserError once more images are unreadable than the settings allow.
-        """
-        self.bad.extend(partial.bad)
-        self.actor_peak_bytes = max(self.actor_peak_bytes, partial.peak_bytes)
-        for stage, seconds in partial.seconds.items():
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-        self.check()
-
-    def check(self) -> None:
-        """Raises: UserError once more images are unreadable than the settings allow."""
-        if len(self.bad) > self.max_bad_fraction * self.num_images:
-            _, path, reason = self.bad[0]
-            raise UserError(
-                f"{len(self.bad)} of {self.num_images} images cannot be read, the first {path} ({reason}); "
-                f"--max_bad_fraction {self.max_bad_fraction:g} allows {int(self.max_bad_fraction * self.num_images)}"
-            )
-
-    def record(self) -> dict[str, Any]:
-        """What run.json says of any pass."""
-        return {
-            "num_images": self.num_images,
-            "bad_images": len(self.bad),
-            "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
-            "wall_seconds": round(self.wall_seconds(), 3),
-            "peak_memory_bytes": {"actor": self.actor_peak_bytes, "driver": peak_bytes()},
-        }
-
-    def wall_seconds(self) -> float:
-        """Seconds since the pass began."""
-        return time.perf_counter() - self.started
+    low, high = min(plan.min_actors, len(units)), min(plan.max_actors, len(units))
+    return decoded_units(manifest, units, image_size, plan, ledger).map_batches(
+        _Actor,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, initial_size=low),
+        num_cpus=plan.actor_cpus,
+        num_gpus=plan.actor_gpus or None,
+        fn_constructor_args=(task, plan, ledger),
+    )

@@ -61,7 +61,10 @@ class SparseAutoencoder(nn.Module):
     def pre_activations(self, x: Tensor, latents: slice = slice(None)) -> Tensor:
         """x [..., d] → [..., s] before the activation, for all latents or a slice of them; the product in W_enc's dtype."""
         centred = (x - self.b_dec).to(self.W_enc.dtype)
-        return centred @ self.W_enc[:, latents] + self.b_enc[latents]
+        weight, bias = self.W_enc[:, latents], self.b_enc[latents]
+        if centred.ndim == 2 and weight.dtype == bias.dtype:
+            return torch.addmm(bias, centred, weight)  # one pass over the result instead of two
+        return centred @ weight + bias
 
     def cast_encoder(self, dtype: torch.dtype) -> "SparseAutoencoder":
         """Run the encoder's product, all but the whole cost, in this dtype; biases and decoder stay float32."""

@@ -4,7 +4,7 @@ Each fast form stands beside the plain definition that a test holds it to.
 Shapes: n images, t tokens, d width, s latents, k settings.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,18 +13,31 @@ from torch.nn.functional import embedding_bag
 
 from patchsae_ray.sae.model import SparseAutoencoder
 
-SLICE_BYTES = 64 * 2**20
-"""Upper bound of one slice of latents [n, t, slice] in float32."""
+SLICE_BYTES = {"cpu": 16 * 2**20, "cuda": 2**30}
+"""Upper bound of one slice of latents [n, t, slice] in float32: near a CPU's cache, and few waits on a GPU."""
+
+HISTOGRAM_BINS = 32
+HISTOGRAM_LOWEST = -20
+"""Bin b counts activations in [2^(b - 20), 2^(b - 19)); the first also what is smaller, the last what is larger."""
 
 
 @dataclass(frozen=True)
 class ImageLatents:
     """What an image's tokens say of each latent."""
 
-    means: Tensor
-    """[n, s] float32: mean of z over the tokens."""
+    sums: Tensor
+    """[k, n, s] float32: sum of z over the image's tokens of each of k types."""
     counts: Tensor
-    """[n, s] int32: tokens with z above the threshold."""
+    """[h, n, s] int32: tokens with z above each of h thresholds."""
+    histogram: Tensor
+    """[s, 32] int64: activations above 0 of all tokens, by octave."""
+    num_tokens: int
+    """t."""
+
+    @property
+    def means(self) -> Tensor:
+        """[n, s] float32: mean of z over all tokens."""
+        return self.sums.sum(dim=0) / self.num_tokens
 
 
 @dataclass(frozen=True)
@@ -41,36 +54,90 @@ class ActiveLatents:
     """n * t."""
 
 
-def slices(num_latents: int, num_tokens: int) -> Iterator[slice]:
+def slices(num_latents: int, num_tokens: int, device: str = "cpu") -> Iterator[slice]:
     """Slices of the latents whose activations on `num_tokens` tokens stay within SLICE_BYTES."""
-    size = max(1, min(num_latents, SLICE_BYTES // (4 * max(1, num_tokens))))
+    size = max(1, min(num_latents, SLICE_BYTES[device] // (4 * max(1, num_tokens))))
     for start in range(0, num_latents, size):
         yield slice(start, min(start + size, num_latents))
 
 
-def reduce_latents(sae: SparseAutoencoder, x: Tensor, threshold: float) -> ImageLatents:
-    """Encode residuals x [n, t, d] and reduce over tokens, a slice of latents at a time."""
+def reduce_latents(
+    sae: SparseAutoencoder, x: Tensor, thresholds: Sequence[float], types: Tensor, keep: Tensor | None = None
+) -> tuple[ImageLatents, ActiveLatents | None]:
+    """Encode residuals and reduce over tokens, a slice of latents at a time, by way of the few that are active.
+
+    Args:
+        sae: the autoencoder.
+        x: residuals [n, t, d].
+        thresholds: h of them.
+        types: [t] int64, type of each token, 0..k-1, each type there at least once.
+        keep: [n] bool, images whose active latents are wanted; their tokens are numbered without the other images'.
+
+    Returns: the reduction, and the active latents of the images in `keep`, if there are any.
+    """
     n, t, _ = x.shape
-    means = torch.empty(n, sae.d_sae, device=x.device)
-    counts = torch.empty(n, sae.d_sae, dtype=torch.int32, device=x.device)
-    for part in slices(sae.d_sae, n * t):
-        z = sae.encode(x, part).to(torch.float32)
-        means[:, part] = z.mean(dim=1)
-        counts[:, part] = (z > threshold).sum(dim=1, dtype=torch.int32)
-    return ImageLatents(means, counts)
+    sums = torch.empty(int(types.max()) + 1, n, sae.d_sae, device=x.device)
+    counts = torch.empty(len(thresholds), n, sae.d_sae, dtype=torch.int32, device=x.device)
+    histogram = torch.empty(sae.d_sae, HISTOGRAM_BINS, dtype=torch.int64, device=x.device)
+    wanted = torch.nonzero(keep).flatten() if keep is not None else None
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    for part in slices(sae.d_sae, n * t, x.device.type):
+        z = sae.encode(x.flatten(0, 1), part).to(torch.float32)
+        width = z.shape[1]
+        token, latent = z.nonzero(as_tuple=True)
+        value = z[token, latent]
+        cell = token.div(t, rounding_mode="floor") * width + latent
+        sums[:, :, part] = _sums_by_type(z, cell, token, value, types, n)
+        for index, threshold in enumerate(thresholds):
+            counts[index, :, part] = torch.bincount(cell[value > threshold], minlength=n * width).view(n, width)
+        bins = latent * HISTOGRAM_BINS + histogram_bin(value)
+        histogram[part] = torch.bincount(bins, minlength=width * HISTOGRAM_BINS).view(width, HISTOGRAM_BINS)
+        if keep is not None:
+            chosen = keep[token.div(t, rounding_mode="floor")]
+            kept.append((token[chosen], latent[chosen] + part.start, value[chosen]))
+    reduced = ImageLatents(sums, counts, histogram, t)
+    return reduced, _renumbered(kept, wanted, t) if wanted is not None and len(wanted) else None
 
 
-def reduce_latents_plain(sae: SparseAutoencoder, x: Tensor, threshold: float) -> ImageLatents:
+def _sums_by_type(z: Tensor, cell: Tensor, token: Tensor, value: Tensor, types: Tensor, n: int) -> Tensor:
+    """[k, n, slice] float32. On a GPU densely: there a scattered sum of reals adds in any order."""
+    num_types, t, width = int(types.max()) + 1, len(types), z.shape[1]
+    if z.is_cuda:
+        dense = z.view(n, t, width)
+        return torch.stack([dense[:, types == kind].sum(dim=1) for kind in range(num_types)])
+    keys = types[token.remainder(t)] * (n * width) + cell
+    found = torch.bincount(keys, weights=value.to(torch.float64), minlength=num_types * n * width)
+    return found.to(torch.float32).view(num_types, n, width)
+
+
+def _renumbered(kept: list[tuple[Tensor, Tensor, Tensor]], wanted: Tensor, t: int) -> ActiveLatents:
+    token, latent, value = (torch.cat(column) for column in zip(*kept, strict=True))
+    image = torch.searchsorted(wanted, token.div(t, rounding_mode="floor"))
+    return ActiveLatents(image * t + token.remainder(t), latent, value, len(wanted) * t)
+
+
+def histogram_bin(value: Tensor) -> Tensor:
+    """Bin of each activation above 0: its octave, floor(log2 z), read exactly from the float's exponent."""
+    octave = torch.frexp(value).exponent.to(torch.int64) - 1
+    return (octave - HISTOGRAM_LOWEST).clamp(0, HISTOGRAM_BINS - 1)
+
+
+def reduce_latents_plain(sae: SparseAutoencoder, x: Tensor, thresholds: Sequence[float], types: Tensor) -> ImageLatents:
     """The definition that `reduce_latents` is held to."""
     z = sae.encode(x).to(torch.float32)
-    return ImageLatents(z.mean(dim=1), (z > threshold).sum(dim=1, dtype=torch.int32))
+    sums = torch.stack([z[:, types == kind].sum(dim=1) for kind in range(int(types.max()) + 1)])
+    counts = torch.stack([(z > threshold).sum(dim=1, dtype=torch.int32) for threshold in thresholds])
+    edges = 2.0 ** torch.arange(HISTOGRAM_LOWEST + 1, HISTOGRAM_LOWEST + HISTOGRAM_BINS, device=z.device)
+    bins = torch.bucketize(z, edges, right=True)
+    histogram = torch.stack([((bins == b) & (z > 0)).sum(dim=(0, 1)) for b in range(HISTOGRAM_BINS)], dim=1)
+    return ImageLatents(sums, counts, histogram, x.shape[1])
 
 
 def active_latents(sae: SparseAutoencoder, x: Tensor) -> ActiveLatents:
     """Encode residuals x [n, t, d] and keep the non-zero latents of every token."""
     tokens = x.flatten(0, 1)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for part in slices(sae.d_sae, len(tokens)):
+    for part in slices(sae.d_sae, len(tokens), x.device.type):
         z = sae.encode(tokens, part).to(torch.float32)
         token, latent = z.nonzero(as_tuple=True)
         found.append((token, latent + part.start, z[token, latent]))

@@ -70,9 +70,9 @@ def test_class_counts_exact(features: Path, expected: dict[str, torch.Tensor]) -
 def test_run_file_says_what_was_run(features: Path) -> None:
     state = json.loads((features / "run.json").read_text())
     record = state["runs"]["extract"]
-    assert record["identity"]["threshold"] == 0.2
+    assert record["identity"]["threshold"] == "0.2"
     assert record["num_images"] == 69
-    assert {"read", "decode", "to_hook", "encode", "reduce"} <= set(record["seconds"])
+    assert {"read", "decode", "copy", "to_hook", "encode", "reduce", "combine", "commit", "merge"} <= set(record["seconds"])
     assert record["summary"]["dead_latents"] == 65
     assert set(state["files"]) == {path.name for path in features.iterdir()} - {"run.json"}
     assert pq.read_table(features / "errors.parquet").num_rows == 0

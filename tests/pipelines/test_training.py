@@ -59,7 +59,7 @@ def test_a_loss_that_explodes_is_one_line(run_command: JobRunner, tmp_path: Path
     done = run_command("train", tmp_path, *SHORT, "--lr", "1e30", "--lr_scheduler_name", "constant")
     assert done.code == 2
     assert "error: training stopped: the loss is" in done.err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 def test_checkpoint_steps() -> None:

@@ -23,18 +23,39 @@ def residual(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+TYPES = torch.tensor([0, 1, 1, 1, 2])
+
+
 @pytest.mark.parametrize("slice_bytes", [4, 4 * 3 * 5 * 7, 2**26])
 def test_reduce_latents(monkeypatch: pytest.MonkeyPatch, slice_bytes: int) -> None:
-    monkeypatch.setattr(ops, "SLICE_BYTES", slice_bytes)
+    monkeypatch.setitem(ops.SLICE_BYTES, "cpu", slice_bytes)
     sae, x = make_sae(12, 50, 1), residual(2, 3, 5, 12)
-    fast, plain = ops.reduce_latents(sae, x, 0.2), ops.reduce_latents_plain(sae, x, 0.2)
-    assert torch.allclose(fast.means, plain.means, atol=1e-6)
+    keep = torch.tensor([True, False, True])
+    fast, active = ops.reduce_latents(sae, x, (0.2, 0.7), TYPES, keep)
+    plain = ops.reduce_latents_plain(sae, x, (0.2, 0.7), TYPES)
+    assert torch.allclose(fast.sums, plain.sums, atol=1e-6)
+    assert torch.allclose(fast.means, sae.encode(x).mean(dim=1), atol=1e-6)
     assert torch.equal(fast.counts, plain.counts)
-    assert plain.counts.sum() > 0
+    assert (plain.counts[0].sum() > plain.counts[1].sum() > 0).all()
+    assert torch.equal(fast.histogram, plain.histogram)
+    assert fast.histogram.sum() == (sae.encode(x) > 0).sum()
+    assert active is not None
+    assert torch.allclose(ops.sparse_decode(sae, active).view(2, 5, 12), sae.decode(sae.encode(x[keep])), atol=1e-5)
+
+
+def test_active_latents_are_given_where_they_are_wanted() -> None:
+    sae, x = make_sae(12, 50, 1), residual(2, 3, 5, 12)
+    assert ops.reduce_latents(sae, x, (0.2,), TYPES)[1] is None
+    assert ops.reduce_latents(sae, x, (0.2,), TYPES, torch.zeros(3, dtype=torch.bool))[1] is None
+
+
+def test_histogram_bins_are_octaves() -> None:
+    values = torch.tensor([2.0**-30, 2.0**-20, 2.0**-19, 0.2499999, 0.25, 0.49, 1.0, 3.9, 2.0**11, 2.0**40])
+    assert ops.histogram_bin(values).tolist() == [0, 0, 1, 17, 18, 18, 20, 21, 31, 31]
 
 
 def test_slices_cover_each_latent_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "SLICE_BYTES", 4 * 10 * 7)
+    monkeypatch.setitem(ops.SLICE_BYTES, "cpu", 4 * 10 * 7)
     parts = list(ops.slices(50, 10))
     assert [latent for part in parts for latent in range(part.start, part.stop)] == list(range(50))
     assert max(part.stop - part.start for part in parts) == 7

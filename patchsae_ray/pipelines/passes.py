@@ -1,0 +1,357 @@
+"""A pass over a data set that loses nothing: only units that no bundle holds are run, and each is committed once.
+
+Partials stay in Ray's object store; the driver groups references to them, a task combines and commits each group, and the
+driver gets a receipt. So the driver's memory depends neither on the number of images nor on the size of a partial.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+import ray
+
+from patchsae_ray import storage
+from patchsae_ray.data.kept import keep
+from patchsae_ray.data.manifest import Manifest
+from patchsae_ray.errors import UserError
+from patchsae_ray.measure.stages import peak_bytes
+from patchsae_ray.pipelines.bundles import (
+    MAX_UNITS,
+    BadRows,
+    Bundle,
+    BundleFolder,
+    Heartbeat,
+    Notes,
+    choose,
+    pack,
+    uncovered,
+    unpack,
+)
+from patchsae_ray.pipelines.progress import ProgressLines, duration, on_this_machine, start_ledger
+from patchsae_ray.pipelines.runner import Session
+from patchsae_ray.pipelines.units import Totals, UnitTask, partials
+
+log = logging.getLogger(__name__)
+
+COMBINE_SECONDS = 60.0
+"""Partials wait this long, at most, for others to be committed with: what a killed driver can lose."""
+COMBINES_AT_ONCE = 4
+WAVE_UNITS = 20_000
+"""Units that Ray Data is told of at once, so that what it keeps of each stays small."""
+MERGE_FAN_IN = 32
+"""Bundles that one task merges; the driver merges what is left when no more than these remain."""
+MAX_ROUNDS = 5
+"""How often units that turn out to be uncovered are run again."""
+
+T = TypeVar("T", bound=Totals)
+
+
+@dataclass
+class Pass:
+    """What every pass over a data set keeps beside its own results."""
+
+    max_bad_fraction: float
+    num_images: int
+    num_units: int = 0
+    units_before: int = 0
+    """Units that earlier runs had committed."""
+    notes: Notes = field(default_factory=lambda: Notes([], 0))
+    failed: BadRows = field(default_factory=list)
+    """The images of units that were given up."""
+    commit_seconds: float = 0.0
+    """Of this run's bundles; the other stages are those of all runs together."""
+    merge_seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def bad(self) -> BadRows:
+        """All images without a result, by position."""
+        return sorted([*self.notes.bad, *self.failed])
+
+    def check(self) -> None:
+        """Raises: UserError once more images are unreadable than the settings allow."""
+        bad = self.bad
+        if len(bad) > self.max_bad_fraction * self.num_images:
+            _, path, reason = bad[0]
+            raise UserError(
+                f"{len(bad)} of {self.num_images} images cannot be read, the first {path} ({reason}); "
+                f"--max_bad_fraction {self.max_bad_fraction:g} allows {int(self.max_bad_fraction * self.num_images)}"
+            )
+
+    def record(self) -> dict[str, Any]:
+        """What run.json says of any pass."""
+        return {
+            "num_images": self.num_images,
+            "num_units": self.num_units,
+            "units_by_earlier_runs": self.units_before,
+            "bad_images": len(self.bad),
+            "seconds": {stage: round(value, 3) for stage, value in self.seconds().items()},
+            "wall_seconds": round(self.wall_seconds(), 3),
+            "peak_memory_bytes": {"actor": self.notes.peak_bytes, "driver": peak_bytes()},
+        }
+
+    def seconds(self) -> dict[str, float]:
+        """Stage times, over all actors and tasks."""
+        return {**self.notes.seconds, "commit": self.commit_seconds, "merge": self.merge_seconds}
+
+    def wall_seconds(self) -> float:
+        """Seconds since the pass began."""
+        return time.perf_counter() - self.started
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a combining task tells the driver."""
+
+    committed: tuple[int, ...]
+    """Units of the bundle, whoever committed it first."""
+    bad: BadRows
+    failed: tuple[tuple[int, str], ...]
+    """(unit, reason) of those that were given up."""
+    commit_seconds: float = 0.0
+
+
+@dataclass
+class UnitPass(Generic[T]):
+    """A pass on Ray.
+
+    Args:
+        what: the job's name in its lines.
+        manifest: the images.
+        image_size: side of the decoded pixels.
+        task: what the actors run.
+        totals: what their results are merged in.
+        session: plan, tracker and results folder.
+        run_key: under which bundles are committed.
+        max_bad_fraction: share of unreadable images up to which the pass goes on.
+        no_progress_minutes: after which it is given up.
+    """
+
+    what: str
+    manifest: Manifest
+    image_size: int
+    task: UnitTask
+    totals: type[T]
+    session: Session
+    run_key: str
+    max_bad_fraction: float
+    no_progress_minutes: float
+
+    def __post_init__(self) -> None:
+        self.manifest = keep(self.manifest)
+        uri = storage.absolute(storage.join(self.session.folder.uri, "bundles", self.run_key))
+        self._scheduling: Any = "SPREAD"
+        if storage.is_local(uri):  # then the other machines, if there are any, see neither the manifest nor the bundles
+            self._scheduling = on_this_machine()
+            if len(ray.nodes()) > 1:
+                self.manifest = replace(self.manifest, units=self.manifest.units.in_memory())
+        self.folder = BundleFolder(uri, len(self.manifest.units))
+        self._heartbeat = Heartbeat(uri)
+
+    def run(self) -> tuple[T, Pass]:
+        """Run what no bundle holds, then merge all bundles.
+
+        Raises: UserError past `max_bad_fraction`, without progress, or where the store stays away.
+        """
+        kept = Pass(self.max_bad_fraction, self.manifest.num_images, len(self.manifest.units))
+        chosen = choose(self.folder.list())
+        missing: list[int] = uncovered(chosen, kept.num_units).tolist()
+        kept.units_before = kept.num_units - len(missing)
+        log.info("%s: %s images in %s units", self.what, f"{kept.num_images:,}", f"{kept.num_units:,}")
+        if kept.units_before:
+            log.info("%s: %s units were done by earlier runs", self.what, f"{kept.units_before:,}")
+        try:
+            failed: dict[int, str] = {}
+            for _ in range(MAX_ROUNDS):
+                if not missing:
+                    break
+                failed.update(self._run_units(missing, kept))
+                chosen = choose(self.folder.list())
+                missing = [unit for unit in uncovered(chosen, kept.num_units).tolist() if unit not in failed]
+            if missing:
+                raise UserError(f"{self.what}: unit {missing[0]} and {len(missing) - 1} more are in no bundle; run it again")
+            totals = self._merge(chosen, kept)
+        finally:
+            self._heartbeat.stop()
+        self._check_once(kept, failed)
+        kept.check()
+        return totals, kept
+
+    def _check_once(self, kept: Pass, failed: dict[int, str]) -> None:
+        """See that every unit was merged exactly once, and every image is accounted for."""
+        wanted = [unit for unit in range(kept.num_units) if unit not in failed]
+        images = kept.notes.images + len(kept.notes.bad) + len(kept.failed)
+        if kept.notes.units != wanted or images != kept.num_images:
+            raise RuntimeError(f"{len(kept.notes.units)} of {len(wanted)} units merged, {images} of {kept.num_images} images")
+
+    def _run_units(self, missing: Sequence[int], kept: Pass) -> dict[int, str]:
+        """Run units in waves. Returns those that were given up, with the reason."""
+        task = ray.put(self.task)
+        ledger = start_ledger(kept.num_units)
+        edges = self.manifest.units.edges()
+        before = kept.num_images - sum(int(edges[unit + 1] - edges[unit]) for unit in missing)
+        failed: dict[int, str] = {}
+        with ProgressLines(
+            self.what, kept.num_images, before, ledger, publish=lambda found: self.session.tracker.metrics(found)
+        ) as progress:
+            for start in range(0, len(missing), WAVE_UNITS):
+                wave = missing[start : start + WAVE_UNITS]
+                data = partials(self.manifest, wave, self.image_size, task, self.session.plan, ledger)
+                for receipt in self._receipts(data.iter_internal_ref_bundles(), progress):
+                    kept.notes.bad = sorted({*kept.notes.bad, *receipt.bad})
+                    kept.commit_seconds += receipt.commit_seconds
+                    for unit, reason in receipt.failed:
+                        failed[unit] = reason
+                        kept.failed += self._rows_of(unit, reason)
+                        log.warning("%s: %s", self.what, reason)
+                    kept.check()
+        ray.kill(ledger)
+        return failed
+
+    def _rows_of(self, unit: int, reason: str) -> BadRows:
+        found = self.manifest.units[unit]
+        paths = [name for s in found.segments for name in (s.names or [f"{s.uri}#{s.first + i}" for i in range(s.count)])]
+        return [(found.start + index, path, reason) for index, path in enumerate(paths)]
+
+    def _receipts(self, references: Iterable[Any], progress: ProgressLines) -> Iterator[Receipt]:
+        """Group partials as they come, have each group committed, and give the receipts as they come back."""
+        combine = ray.remote(num_cpus=0, max_retries=5, scheduling_strategy=self._scheduling)(_combine)
+        waiting: list[Any] = []
+        oldest = time.monotonic()
+        running: list[Any] = []
+        for reference in self._ticking(references, progress):
+            if reference is not None:
+                oldest = oldest if waiting else time.monotonic()
+                waiting.append(reference)
+            if waiting and (len(waiting) >= MAX_UNITS or time.monotonic() - oldest >= COMBINE_SECONDS):
+                running.append(combine.remote(self.folder, self.totals, *waiting))
+                waiting = []
+            done, running = ray.wait(running, num_returns=len(running), timeout=0) if running else ([], [])
+            while len(running) > COMBINES_AT_ONCE:
+                more, running = ray.wait(running, num_returns=1)
+                done += more
+            for one in done:
+                yield ray.get(one)
+                progress.moved()
+        if waiting:
+            running.append(combine.remote(self.folder, self.totals, *waiting))
+        for one in running:
+            yield ray.get(one)
+            progress.moved()
+
+    def _ticking(self, references: Iterable[Any], progress: ProgressLines) -> Iterator[Any]:
+        """References to partials as they come, and None each second without one.
+
+        Raises: UserError where nothing has been done for too long.
+        """
+        arrived: queue.Queue[Any] = queue.Queue()
+        thread = threading.Thread(target=_pull, args=(references, arrived), daemon=True)
+        thread.start()
+        while True:
+            self._heartbeat.beat()
+            try:
+                kind, item = arrived.get(timeout=1.0)
+            except queue.Empty:
+                if progress.quiet_seconds() > 60 * self.no_progress_minutes:
+                    raise UserError(
+                        f"{self.what}: nothing was done for {duration(progress.quiet_seconds())} "
+                        "(--no_progress_minutes); what was committed stays, and the same command goes on from there"
+                    ) from None
+                yield None
+                continue
+            if kind == "end":
+                return
+            if kind == "error":
+                raise item
+            progress.moved()
+            yield item
+
+    def _merge(self, chosen: Sequence[Bundle], kept: Pass) -> T:
+        """All bundles in the order of their units; many of them first in a tree of tasks."""
+        start = time.perf_counter()
+        totals, notes = self.totals(), Notes([], 0)
+        merged: Iterable[bytes] | None = None
+        if len(chosen) > MERGE_FAN_IN:
+            merged = _merge_in_tasks(self.folder, self.totals, chosen, self._scheduling)
+        contents = map(unpack, merged) if merged is not None else _read_ahead(self.folder, chosen)
+        for arrays, other in contents:
+            totals.add(arrays)
+            notes.add(other)
+            self._heartbeat.beat()
+        kept.notes, kept.merge_seconds = notes, time.perf_counter() - start
+        return totals
+
+
+def _pull(references: Iterable[Any], arrived: "queue.Queue[Any]") -> None:
+    """Move an iterator's blocks into a queue, then its end or its error."""
+    try:
+        for bundle in references:
+            for entry in bundle.blocks:
+                arrived.put(("block", entry.ref))
+        arrived.put(("end", None))
+    except BaseException as error:
+        arrived.put(("error", error))
+
+
+def _combine(folder: BundleFolder, totals: type[Totals], *blocks: Any) -> Receipt:
+    """Merge partials and commit them as one bundle; runs as a Ray task."""
+    start = time.perf_counter()
+    units = sorted((unpack(data) for block in blocks for data in block["partial"].to_pylist()), key=lambda one: one[1].units)
+    failed = tuple((notes.units[0], notes.failed) for _, notes in units if notes.failed)
+    merged, all_notes = totals(), Notes([], 0)
+    for arrays, notes in units:
+        if not notes.failed:
+            merged.add(arrays)
+            all_notes.add(notes)
+    if all_notes.units:
+        arrays = merged.to_arrays()
+        all_notes.seconds["combine"] = time.perf_counter() - start
+        mark = time.perf_counter()
+        folder.commit(arrays, all_notes)
+        return Receipt(tuple(all_notes.units), all_notes.bad, failed, time.perf_counter() - mark)
+    return Receipt((), [], failed)
+
+
+def _read_ahead(folder: BundleFolder, chosen: Sequence[Bundle]) -> Iterator[tuple[Any, Notes]]:
+    """Bundles in order, the next few read meanwhile."""
+    with ThreadPoolExecutor(2) as pool:
+        ahead = deque(pool.submit(folder.read, bundle) for bundle in chosen[:2])
+        for bundle in [*chosen[2:], None, None][: len(chosen)]:
+            content = ahead.popleft().result()
+            if bundle is not None:
+                ahead.append(pool.submit(folder.read, bundle))
+            yield content
+
+
+def _merge_in_tasks(folder: BundleFolder, totals: type[Totals], chosen: Sequence[Bundle], scheduling: Any) -> Iterator[bytes]:
+    """A tree of tasks, each merging up to `MERGE_FAN_IN`, until no more than that are left."""
+    remote = ray.remote(num_cpus=0.5, max_retries=5, scheduling_strategy=scheduling)
+    parts = [list(chosen[start : start + MERGE_FAN_IN]) for start in range(0, len(chosen), MERGE_FAN_IN)]
+    merged = [remote(_merge_bundles).remote(folder, totals, part) for part in parts]
+    while len(merged) > MERGE_FAN_IN:
+        groups = [merged[start : start + MERGE_FAN_IN] for start in range(0, len(merged), MERGE_FAN_IN)]
+        merged = [remote(_merge_packed).remote(totals, *group) for group in groups]
+    for reference in merged:
+        yield ray.get(reference)
+
+
+def _merge_bundles(folder: BundleFolder, totals: type[Totals], bundles: Sequence[Bundle]) -> bytes:
+    return _packed_sum(totals, _read_ahead(folder, bundles))
+
+
+def _merge_packed(totals: type[Totals], *packed: bytes) -> bytes:
+    return _packed_sum(totals, map(unpack, packed))
+
+
+def _packed_sum(totals: type[Totals], contents: Iterable[tuple[Any, Notes]]) -> bytes:
+    merged, notes = totals(), Notes([], 0)
+    for arrays, other in contents:
+        merged.add(arrays)
+        notes.add(other)
+    return pack(merged.to_arrays(), notes)
