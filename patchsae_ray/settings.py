@@ -55,6 +55,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "lr_warm_up_steps": (0, math.inf),
     "max_bad_fraction": (0, 1),
     "mse_cls_coefficient": (0, math.inf),
+    "commit_seconds": (0, math.inf),
     "n_checkpoints": (0, math.inf),
     "decode_cpus": (0.01, math.inf),
     "no_progress_minutes": (0.1, math.inf),
@@ -126,6 +127,8 @@ class SaeSettings(ModelSettings):
     """CPUs a decoding task takes; default: planned so that the actors leave room."""
     no_progress_minutes: float = 30.0
     """Give up after this long without an image done."""
+    commit_seconds: float = 60.0
+    """Commit results at least this often, 32 units at once at most: what a job that is killed can lose."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -65,7 +65,7 @@ def reaching(uri: str) -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"no such {'bucket' if 'bucket' in str(error).lower() else 'file'}: {uri}") from error
+        raise UserError(f"no such {'bucket' if 'bucket does not exist' in str(error) else 'file'}: {uri}") from error
     except IsADirectoryError as error:
         raise UserError(f"{uri} is a folder, not a file") from error
     except (FileExistsError, NotADirectoryError) as error:
@@ -148,6 +148,8 @@ def open_read(uri: str) -> IO[bytes]:
     Raises: UserError where there is no such file or it may not be read.
     """
     with reaching(uri):
+        if not is_local(uri):
+            filesystem_of(uri)[0].invalidate_cache()  # an old listing would hide a new file
         opened: IO[bytes] = fsspec.open(uri, "rb").open()
         return opened
 

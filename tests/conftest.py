@@ -1,5 +1,6 @@
-"""What the tests share: the golden case, one Ray head of their own, a ready MLflow store, jobs run as commands."""
+"""What the tests share: the golden case, an S3 server, a Ray head of their own, a ready MLflow store, jobs as commands."""
 
+import json
 import os
 import secrets
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import boto3
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +24,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported, which reads them once
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+os.environ.update(AWS_ACCESS_KEY_ID="tests", AWS_SECRET_ACCESS_KEY=secrets.token_hex(16), AWS_DEFAULT_REGION="us-east-1")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 
@@ -52,6 +55,60 @@ def free_ports(count: int) -> list[int]:
     for opened in sockets:
         opened.close()
     return ports
+
+
+S3_PORT = free_ports(1)[0]
+os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{S3_PORT}"  # before the Ray head, whose workers inherit it
+
+
+class S3Server:
+    """SeaweedFS with one identity, on a folder of its own; can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        credentials = {"accessKey": os.environ["AWS_ACCESS_KEY_ID"], "secretKey": os.environ["AWS_SECRET_ACCESS_KEY"]}
+        actions = ["Admin", "Read", "Write", "List", "Tagging"]
+        identity = {"name": "tests", "credentials": [credentials], "actions": actions}
+        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        master, volume, filer = free_ports(3)
+        self._ports = [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={S3_PORT}"]
+        self.start()
+
+    def start(self) -> None:
+        """Start, and wait until a bucket and an object can be made."""
+        binary = Path(sys.executable).parent / "weed"
+        command = [
+            str(binary), f"-logdir={self._folder}", "mini", f"-dir={self._folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+            f"-s3.config={self._folder / 's3.json'}", *self._ports, "-s3.port.iceberg=0", "-s3.port.lance=0",
+            "-webdav=false", "-admin.ui=false", "-master.telemetry=false",
+        ]  # fmt: skip
+        with (self._folder / "weed.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                client = boto3.client("s3")
+                if "bucket" not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
+                    client.create_bucket(Bucket="bucket")
+                client.put_object(Bucket="bucket", Key="ready", Body=b"1")
+                return
+            except Exception:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.3)
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server with a bucket named `bucket`."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")

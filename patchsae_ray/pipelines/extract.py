@@ -82,7 +82,7 @@ def run_pass(
     task = ExtractTask(model.portable(plan.precision), measured, settings.batch_size)
     totals, kept = UnitPass(
         what, manifest, model.config.image_size, task, ExtractionTotals, session, key,
-        settings.max_bad_fraction, settings.no_progress_minutes,
+        settings.max_bad_fraction, settings.no_progress_minutes, settings.commit_seconds,
     ).run()  # fmt: skip
     if totals.statistics is None or totals.quality is None:
         raise UserError(f"{manifest.source}: every unit was given up, so there is nothing to write")

@@ -39,8 +39,6 @@ from patchsae_ray.pipelines.units import Totals, UnitTask, partials
 
 log = logging.getLogger(__name__)
 
-COMBINE_SECONDS = 60.0
-"""Partials wait this long, at most, for others to be committed with: what a killed driver can lose."""
 COMBINES_AT_ONCE = 4
 WAVE_UNITS = 20_000
 """Units that Ray Data is told of at once, so that what it keeps of each stays small."""
@@ -131,6 +129,7 @@ class UnitPass(Generic[T]):
         run_key: under which bundles are committed.
         max_bad_fraction: share of unreadable images up to which the pass goes on.
         no_progress_minutes: after which it is given up.
+        commit_seconds: how long partials wait, at most, for others to be committed with.
     """
 
     what: str
@@ -142,6 +141,7 @@ class UnitPass(Generic[T]):
     run_key: str
     max_bad_fraction: float
     no_progress_minutes: float
+    commit_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         self.manifest = keep(self.manifest)
@@ -229,7 +229,7 @@ class UnitPass(Generic[T]):
             if reference is not None:
                 oldest = oldest if waiting else time.monotonic()
                 waiting.append(reference)
-            if waiting and (len(waiting) >= MAX_UNITS or time.monotonic() - oldest >= COMBINE_SECONDS):
+            if waiting and (len(waiting) >= MAX_UNITS or time.monotonic() - oldest >= self.commit_seconds):
                 running.append(combine.remote(self.folder, self.totals, *waiting))
                 waiting = []
             done, running = ray.wait(running, num_returns=len(running), timeout=0) if running else ([], [])

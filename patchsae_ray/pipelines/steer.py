@@ -171,7 +171,7 @@ def run_steering(settings: SteerSettings, inputs: SteerInputs, session: Session)
     )  # fmt: skip
     totals, kept = UnitPass(
         "steer", manifest, inputs.model.config.image_size, task, SteerTotals, session, session.folder.key,
-        settings.max_bad_fraction, settings.no_progress_minutes,
+        settings.max_bad_fraction, settings.no_progress_minutes, settings.commit_seconds,
     ).run()  # fmt: skip
     num_settings = 1 + 2 * len(inputs.ks)
     nothing = MaskingAccuracy(num_settings, manifest.num_classes)
