@@ -36,7 +36,7 @@ RESULTS = [
     "max_activating_image_values.pt", "sae_activation_histogram.npy", "sae_mean_acts.pt", "sae_mean_acts_cls.pt",
     "sae_mean_acts_patch.pt", "sae_sparsity.pt", "sae_sparsity_cls.pt", "sae_sparsity_patch.pt", "errors.parquet",
 ]  # fmt: skip
-EXTRA = ["--figure_latents", "0", "--quality_images", "100", "--commit_seconds", "1"]
+EXTRA = ["--figure_latents", "0", "--quality_images", "100", "--commit_seconds", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def wait_for(happened: Callable[[], object], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def bundles(root: str) -> list[str]:
