@@ -73,11 +73,13 @@ def keep(manifest: Manifest) -> Manifest:
         return manifest
     data = _arrow_bytes(manifest)
     name = f"{storage.digest([data])}.arrow"
-    create(storage.join(keeping.folder, name), data)
+    uri = storage.join(keeping.folder, name)
+    if not create(uri, data) and storage.read_bytes(uri) != data:
+        write_bytes(uri, data)  # its name is its digest: what is there is damaged
     if keeping.content is not None:
         note = json.dumps({**keeping.content, "manifest": name}, indent=1) + "\n"
         write_bytes(storage.join(keeping.folder, keeping.note), note.encode())
-    return replace(manifest, units=UnitTable(None, storage.join(keeping.folder, name)), keeping=None)
+    return replace(manifest, units=UnitTable(None, uri), keeping=None)
 
 
 def _sign(source: Source, listing: Listing, started: float) -> Sign | None:
