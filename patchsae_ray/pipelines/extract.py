@@ -245,7 +245,7 @@ def latent_metrics(found: LatentPass) -> dict[str, float]:
         "latents": float(len(active)),
         "dead_latents": float((~active).sum()),
         "dead_share": float((~active).float().mean()),
-        "images_per_second": found.latents.num_images / wall,
+        "images_per_second": found.record.images_per_second(),
         "wall_seconds": wall,
     }
     if found.quality is not None:

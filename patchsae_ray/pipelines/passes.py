@@ -59,6 +59,8 @@ class Pass:
     num_units: int = 0
     units_before: int = 0
     """Units that earlier runs had committed."""
+    images_before: int = 0
+    """Images of those units."""
     notes: Notes = field(default_factory=lambda: Notes([], 0))
     failed: BadRows = field(default_factory=list)
     """The images of units that were given up."""
@@ -93,6 +95,10 @@ class Pass:
             "wall_seconds": round(self.wall_seconds(), 3),
             "peak_memory_bytes": {"actor": self.notes.peak_bytes, "driver": peak_bytes()},
         }
+
+    def images_per_second(self) -> float:
+        """Of the images that this run did itself."""
+        return (self.num_images - self.images_before) / self.wall_seconds()
 
     def seconds(self) -> dict[str, float]:
         """Stage times, over all actors and tasks."""
@@ -163,6 +169,8 @@ class UnitPass(Generic[T]):
         chosen = choose(self.folder.list())
         missing: list[int] = uncovered(chosen, kept.num_units).tolist()
         kept.units_before = kept.num_units - len(missing)
+        edges = self.manifest.units.edges()
+        kept.images_before = kept.num_images - sum(int(edges[unit + 1] - edges[unit]) for unit in missing)
         log.info("%s: %s images in %s units", self.what, f"{kept.num_images:,}", f"{kept.num_units:,}")
         if kept.units_before:
             log.info("%s: %s units were done by earlier runs", self.what, f"{kept.units_before:,}")
@@ -194,11 +202,9 @@ class UnitPass(Generic[T]):
         """Run units in waves. Returns those that were given up, with the reason."""
         task = ray.put(self.task)
         ledger = start_ledger(kept.num_units)
-        edges = self.manifest.units.edges()
-        before = kept.num_images - sum(int(edges[unit + 1] - edges[unit]) for unit in missing)
         failed: dict[int, str] = {}
         with ProgressLines(
-            self.what, kept.num_images, before, ledger, publish=lambda found: self.session.tracker.metrics(found)
+            self.what, kept.num_images, kept.images_before, ledger, publish=lambda found: self.session.tracker.metrics(found)
         ) as progress:
             for start in range(0, len(missing), WAVE_UNITS):
                 wave = missing[start : start + WAVE_UNITS]
