@@ -21,7 +21,7 @@ from patchsae_ray.data.manifest import UNIT_SIZE, Manifest
 from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.arrays import Arrays
-from patchsae_ray.pipelines import cluster
+from patchsae_ray.pipelines import cluster, passes
 from patchsae_ray.pipelines.passes import UnitPass
 from patchsae_ray.pipelines.results import ResultFolder
 from patchsae_ray.pipelines.runner import Session
@@ -247,6 +247,17 @@ def test_a_unit_that_kills_its_actor_is_named_and_the_rest_done(data: Path, tmp_
     again, mended = counting_pass(manifest, tmp_path, FaultyTask()).run()
     assert again.count == IMAGES
     assert (mended.units_before, mended.bad) == (4, [])
+
+
+@pytest.mark.usefixtures("joined")
+def test_waves_and_the_merge_tree(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "WAVE_UNITS", 2)
+    monkeypatch.setattr(passes, "MERGE_FAN_IN", 2)
+    manifest = open_dataset("many", str(data), None, None)
+    totals, kept = counting_pass(manifest, tmp_path, FaultyTask(), commit_seconds=0.0).run()
+    assert len(list(tmp_path.rglob("*.bundle"))) > 2, "so few bundles are merged without a tree"
+    assert totals.count == IMAGES
+    assert kept.notes.units == list(range(5))
 
 
 @pytest.mark.usefixtures("joined")
