@@ -8,9 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -29,10 +27,9 @@ from patchsae_ray.pipelines.bundles import (
     Heartbeat,
     Notes,
     choose,
-    pack,
     uncovered,
-    unpack,
 )
+from patchsae_ray.pipelines.merging import Receipt, combine, merged_contents
 from patchsae_ray.pipelines.progress import ProgressLines, duration, on_this_machine, start_ledger
 from patchsae_ray.pipelines.runner import Session
 from patchsae_ray.pipelines.units import Totals, UnitTask, partials
@@ -42,8 +39,6 @@ log = logging.getLogger(__name__)
 COMBINES_AT_ONCE = 4
 WAVE_UNITS = 20_000
 """Units that Ray Data is told of at once, so that what it keeps of each stays small."""
-MERGE_FAN_IN = 32
-"""Bundles that one task merges; the driver merges what is left when no more than these remain."""
 MAX_ROUNDS = 5
 """How often units that turn out to be uncovered are run again."""
 
@@ -109,18 +104,6 @@ class Pass:
         return time.perf_counter() - self.started
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """What a combining task tells the driver."""
-
-    committed: tuple[int, ...]
-    """Units of the bundle, whoever committed it first."""
-    bad: BadRows
-    failed: tuple[tuple[int, str], ...]
-    """(unit, reason) of those that were given up."""
-    commit_seconds: float = 0.0
-
-
 @dataclass
 class UnitPass(Generic[T]):
     """A pass on Ray.
@@ -181,9 +164,12 @@ class UnitPass(Generic[T]):
                     break
                 failed.update(self._run_units(missing, kept))
                 chosen = choose(self.folder.list())
-                missing = [unit for unit in uncovered(chosen, kept.num_units).tolist() if unit not in failed]
+                absent = uncovered(chosen, kept.num_units).tolist()
+                missing = [unit for unit in absent if unit not in failed]
+                failed = {unit: failed[unit] for unit in absent if unit in failed}  # another driver may have done the rest
             if missing:
                 raise UserError(f"{self.what}: unit {missing[0]} and {len(missing) - 1} more are in no bundle; run it again")
+            kept.failed = [row for unit, reason in failed.items() for row in self._rows_of(unit, reason)]
             totals = self._merge(chosen, kept)
         finally:
             self._heartbeat.stop()
@@ -227,7 +213,7 @@ class UnitPass(Generic[T]):
 
     def _receipts(self, references: Iterable[Any], progress: ProgressLines) -> Iterator[Receipt]:
         """Group partials as they come, have each group committed, and give the receipts as they come back."""
-        combine = ray.remote(num_cpus=0, max_retries=5, scheduling_strategy=self._scheduling)(_combine)
+        remote = ray.remote(num_cpus=0, max_retries=5, scheduling_strategy=self._scheduling)(combine)
         waiting: list[Any] = []
         oldest = time.monotonic()
         running: list[Any] = []
@@ -236,7 +222,7 @@ class UnitPass(Generic[T]):
                 oldest = oldest if waiting else time.monotonic()
                 waiting.append(reference)
             if waiting and (len(waiting) >= MAX_UNITS or time.monotonic() - oldest >= self.commit_seconds):
-                running.append(combine.remote(self.folder, self.totals, *waiting))
+                running.append(remote.remote(self.folder, self.totals, *waiting))
                 waiting = []
             done, running = ray.wait(running, num_returns=len(running), timeout=0) if running else ([], [])
             while len(running) > COMBINES_AT_ONCE:
@@ -246,7 +232,7 @@ class UnitPass(Generic[T]):
                 yield ray.get(one)
                 progress.moved()
         if waiting:
-            running.append(combine.remote(self.folder, self.totals, *waiting))
+            running.append(remote.remote(self.folder, self.totals, *waiting))
         for one in running:
             yield ray.get(one)
             progress.moved()
@@ -282,11 +268,7 @@ class UnitPass(Generic[T]):
         """All bundles in the order of their units; many of them first in a tree of tasks."""
         start = time.perf_counter()
         totals, notes = self.totals(), Notes([], 0)
-        merged: Iterable[bytes] | None = None
-        if len(chosen) > MERGE_FAN_IN:
-            merged = _merge_in_tasks(self.folder, self.totals, chosen, self._scheduling)
-        contents = map(unpack, merged) if merged is not None else _read_ahead(self.folder, chosen)
-        for arrays, other in contents:
+        for arrays, other in merged_contents(self.folder, self.totals, chosen, self._scheduling):
             totals.add(arrays)
             notes.add(other)
             self._heartbeat.beat()
@@ -303,61 +285,3 @@ def _pull(references: Iterable[Any], arrived: "queue.Queue[Any]") -> None:
         arrived.put(("end", None))
     except BaseException as error:
         arrived.put(("error", error))
-
-
-def _combine(folder: BundleFolder, totals: type[Totals], *blocks: Any) -> Receipt:
-    """Merge partials and commit them as one bundle; runs as a Ray task."""
-    start = time.perf_counter()
-    units = sorted((unpack(data) for block in blocks for data in block["partial"].to_pylist()), key=lambda one: one[1].units)
-    failed = tuple((notes.units[0], notes.failed) for _, notes in units if notes.failed)
-    merged, all_notes = totals(), Notes([], 0)
-    for arrays, notes in units:
-        if not notes.failed:
-            merged.add(arrays)
-            all_notes.add(notes)
-    if all_notes.units:
-        arrays = merged.to_arrays()
-        all_notes.seconds["combine"] = time.perf_counter() - start
-        mark = time.perf_counter()
-        folder.commit(arrays, all_notes)
-        return Receipt(tuple(all_notes.units), all_notes.bad, failed, time.perf_counter() - mark)
-    return Receipt((), [], failed)
-
-
-def _read_ahead(folder: BundleFolder, chosen: Sequence[Bundle]) -> Iterator[tuple[Any, Notes]]:
-    """Bundles in order, the next few read meanwhile."""
-    with ThreadPoolExecutor(2) as pool:
-        ahead = deque(pool.submit(folder.read, bundle) for bundle in chosen[:2])
-        for bundle in [*chosen[2:], None, None][: len(chosen)]:
-            content = ahead.popleft().result()
-            if bundle is not None:
-                ahead.append(pool.submit(folder.read, bundle))
-            yield content
-
-
-def _merge_in_tasks(folder: BundleFolder, totals: type[Totals], chosen: Sequence[Bundle], scheduling: Any) -> Iterator[bytes]:
-    """A tree of tasks, each merging up to `MERGE_FAN_IN`, until no more than that are left."""
-    remote = ray.remote(num_cpus=0.5, max_retries=5, scheduling_strategy=scheduling)
-    parts = [list(chosen[start : start + MERGE_FAN_IN]) for start in range(0, len(chosen), MERGE_FAN_IN)]
-    merged = [remote(_merge_bundles).remote(folder, totals, part) for part in parts]
-    while len(merged) > MERGE_FAN_IN:
-        groups = [merged[start : start + MERGE_FAN_IN] for start in range(0, len(merged), MERGE_FAN_IN)]
-        merged = [remote(_merge_packed).remote(totals, *group) for group in groups]
-    for reference in merged:
-        yield ray.get(reference)
-
-
-def _merge_bundles(folder: BundleFolder, totals: type[Totals], bundles: Sequence[Bundle]) -> bytes:
-    return _packed_sum(totals, _read_ahead(folder, bundles))
-
-
-def _merge_packed(totals: type[Totals], *packed: bytes) -> bytes:
-    return _packed_sum(totals, map(unpack, packed))
-
-
-def _packed_sum(totals: type[Totals], contents: Iterable[tuple[Any, Notes]]) -> bytes:
-    merged, notes = totals(), Notes([], 0)
-    for arrays, other in contents:
-        merged.add(arrays)
-        notes.add(other)
-    return pack(merged.to_arrays(), notes)

@@ -21,10 +21,11 @@ from patchsae_ray.data.manifest import UNIT_SIZE, Manifest
 from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.arrays import Arrays
-from patchsae_ray.pipelines import cluster, passes
+from patchsae_ray.pipelines import cluster, merging, passes
 from patchsae_ray.pipelines.passes import UnitPass
 from patchsae_ray.pipelines.results import ResultFolder
 from patchsae_ray.pipelines.runner import Session
+from tests.benchmarks.pipeline import NoTracker, Totals
 from tests.conftest import ROOT, JobRunner, RayHead, S3Server, golden_model_flags
 from tests.data.makers import parquet_bytes, write
 
@@ -188,19 +189,6 @@ def test_clean_removes_what_dead_runs_left(run_command: JobRunner, tmp_path: Pat
     assert sorted(path.name for path in young.iterdir()) == ["0000000000.1-1.bundle", "alive-12.json"]
 
 
-class CountingTotals:
-    """Adds up what the units counted."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, arrays: Arrays) -> None:
-        self.count += int(arrays["count"][0])
-
-    def to_arrays(self) -> Arrays:
-        return {"count": np.array([self.count])}
-
-
 class FaultyTask:
     """Counts images; ends its process at one unit, or stops there for good."""
 
@@ -218,11 +206,6 @@ class FaultyTask:
         return {"count": np.array([len(unit.positions)])}, {}
 
 
-class NoTracker:
-    def metrics(self, values: dict[str, float]) -> None:
-        pass
-
-
 @pytest.fixture
 def joined(ray_head: RayHead) -> Iterator[None]:
     cluster.connect(ray_head.address)
@@ -230,10 +213,10 @@ def joined(ray_head: RayHead) -> Iterator[None]:
     ray.shutdown()
 
 
-def counting_pass(manifest: Manifest, folder: Path, task: FaultyTask, **limits: float) -> UnitPass[CountingTotals]:
+def counting_pass(manifest: Manifest, folder: Path, task: FaultyTask, **limits: float) -> UnitPass[Totals]:
     session = Session(cluster.make_plan("cpu"), NoTracker(), ResultFolder(str(folder), "extract", {}, {}))
     given = {"max_bad_fraction": 0.5, "no_progress_minutes": 5.0, **limits}
-    return UnitPass("count", manifest, 16, task, CountingTotals, session, "key", **given)
+    return UnitPass("count", manifest, 16, task, Totals, session, "key", **given)
 
 
 @pytest.mark.usefixtures("joined")
@@ -252,7 +235,7 @@ def test_a_unit_that_kills_its_actor_is_named_and_the_rest_done(data: Path, tmp_
 @pytest.mark.usefixtures("joined")
 def test_waves_and_the_merge_tree(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "WAVE_UNITS", 2)
-    monkeypatch.setattr(passes, "MERGE_FAN_IN", 2)
+    monkeypatch.setattr(merging, "MERGE_FAN_IN", 2)
     manifest = open_dataset("many", str(data), None, None)
     totals, kept = counting_pass(manifest, tmp_path, FaultyTask(), commit_seconds=0.0).run()
     assert len(list(tmp_path.rglob("*.bundle"))) > 2, "so few bundles are merged without a tree"
