@@ -61,7 +61,7 @@ def _read_ahead(folder: BundleFolder, chosen: Sequence[Bundle]) -> Iterator[tupl
 def merged_contents(
     folder: BundleFolder, totals: type[Totals], chosen: Sequence[Bundle], scheduling: Any
 ) -> Iterator[tuple[Any, Notes]]:
-    """At most `MERGE_FAN_IN` contents that hold all the bundles, in the order of their units: themselves, or merged in tasks."""
+    """At most `MERGE_FAN_IN` contents that hold all bundles, in the order of their units: themselves, or merged in tasks."""
     if len(chosen) <= MERGE_FAN_IN:
         return _read_ahead(folder, chosen)
     return map(unpack, _merge_in_tasks(folder, totals, chosen, scheduling))
