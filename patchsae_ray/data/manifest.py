@@ -212,6 +212,15 @@ class Manifest:
     def labelled(self) -> bool:
         return self.num_classes > 0
 
+    def paths(self, unit: Unit) -> list[str]:
+        """A name for each image of a unit: its path under the folder's root, Parquet file#row, or the tar that holds it."""
+        by_format: dict[Format, Callable[[Segment], Sequence[str]]] = {
+            "folder": lambda segment: segment.names,
+            "parquet": lambda segment: [f"{segment.uri}#{segment.first + row}" for row in range(segment.count)],
+            "tar": lambda segment: [segment.uri] * segment.count,
+        }
+        return [path for segment in unit.segments for path in by_format[self.reading.format](segment)]
+
     def with_classnames(self, classnames: Sequence[str]) -> "Manifest":
         """The same images under a given class list.
 

@@ -5,10 +5,8 @@ driver gets a receipt. So the driver's memory depends neither on the number of i
 """
 
 import logging
-import queue
-import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +17,7 @@ from patchsae_ray.data.kept import keep
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.stages import peak_bytes
+from patchsae_ray.pipelines.arrivals import Arrivals
 from patchsae_ray.pipelines.bundles import (
     MAX_UNITS,
     BadRows,
@@ -195,29 +194,29 @@ class UnitPass(Generic[T]):
             for start in range(0, len(missing), WAVE_UNITS):
                 wave = missing[start : start + WAVE_UNITS]
                 data = partials(self.manifest, wave, self.image_size, task, self.session.plan, ledger)
-                for receipt in self._receipts(data.iter_internal_ref_bundles(), progress):
-                    kept.notes.bad = sorted({*kept.notes.bad, *receipt.bad})
-                    kept.commit_seconds += receipt.commit_seconds
-                    for unit, reason in receipt.failed:
-                        failed[unit] = reason
-                        kept.failed += self._rows_of(unit, reason)
-                        log.warning("%s: %s", self.what, reason)
-                    kept.check()
+                with Arrivals(data) as arrivals:
+                    for receipt in self._receipts(arrivals, progress):
+                        kept.notes.bad = sorted({*kept.notes.bad, *receipt.bad})
+                        kept.commit_seconds += receipt.commit_seconds
+                        for unit, reason in receipt.failed:
+                            failed[unit] = reason
+                            kept.failed += self._rows_of(unit, reason)
+                            log.warning("%s: %s", self.what, reason)
+                        kept.check()
         ray.kill(ledger)
         return failed
 
     def _rows_of(self, unit: int, reason: str) -> BadRows:
         found = self.manifest.units[unit]
-        paths = [name for s in found.segments for name in (s.names or [f"{s.uri}#{s.first + i}" for i in range(s.count)])]
-        return [(found.start + index, path, reason) for index, path in enumerate(paths)]
+        return [(found.start + index, path, reason) for index, path in enumerate(self.manifest.paths(found))]
 
-    def _receipts(self, references: Iterable[Any], progress: ProgressLines) -> Iterator[Receipt]:
+    def _receipts(self, arrivals: Arrivals, progress: ProgressLines) -> Iterator[Receipt]:
         """Group partials as they come, have each group committed, and give the receipts as they come back."""
         remote = ray.remote(num_cpus=0, max_retries=5, scheduling_strategy=self._scheduling)(combine)
         waiting: list[Any] = []
         oldest = time.monotonic()
         running: list[Any] = []
-        for reference in self._ticking(references, progress):
+        for reference in self._ticking(arrivals, progress):
             if reference is not None:
                 oldest = oldest if waiting else time.monotonic()
                 waiting.append(reference)
@@ -237,32 +236,25 @@ class UnitPass(Generic[T]):
             yield ray.get(one)
             progress.moved()
 
-    def _ticking(self, references: Iterable[Any], progress: ProgressLines) -> Iterator[Any]:
+    def _ticking(self, arrivals: Arrivals, progress: ProgressLines) -> Iterator[Any]:
         """References to partials as they come, and None each second without one.
 
         Raises: UserError where nothing has been done for too long.
         """
-        arrived: queue.Queue[Any] = queue.Queue()
-        thread = threading.Thread(target=_pull, args=(references, arrived), daemon=True)
-        thread.start()
         while True:
             self._heartbeat.beat()
             try:
-                kind, item = arrived.get(timeout=1.0)
-            except queue.Empty:
-                if progress.quiet_seconds() > 60 * self.no_progress_minutes:
-                    raise UserError(
-                        f"{self.what}: nothing was done for {duration(progress.quiet_seconds())} "
-                        "(--no_progress_minutes); what was committed stays, and the same command goes on from there"
-                    ) from None
-                yield None
-                continue
-            if kind == "end":
+                reference = arrivals.next(timeout=1.0)
+            except StopIteration:
                 return
-            if kind == "error":
-                raise item
-            progress.moved()
-            yield item
+            if reference is not None:
+                progress.moved()
+            elif progress.quiet_seconds() > 60 * self.no_progress_minutes:
+                raise UserError(
+                    f"{self.what}: nothing was done for {duration(progress.quiet_seconds())} "
+                    "(--no_progress_minutes); what was committed stays, and the same command goes on from there"
+                )
+            yield reference
 
     def _merge(self, chosen: Sequence[Bundle], kept: Pass) -> T:
         """All bundles in the order of their units; many of them first in a tree of tasks."""
@@ -274,14 +266,3 @@ class UnitPass(Generic[T]):
             self._heartbeat.beat()
         kept.notes, kept.merge_seconds = notes, time.perf_counter() - start
         return totals
-
-
-def _pull(references: Iterable[Any], arrived: "queue.Queue[Any]") -> None:
-    """Move an iterator's blocks into a queue, then its end or its error."""
-    try:
-        for bundle in references:
-            for entry in bundle.blocks:
-                arrived.put(("block", entry.ref))
-        arrived.put(("end", None))
-    except BaseException as error:
-        arrived.put(("error", error))

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -250,3 +251,6 @@ def test_too_many_lost_and_no_progress_are_clear_failures(data: Path, tmp_path: 
         counting_pass(manifest, tmp_path / "a", FaultyTask(dies_at=0), max_bad_fraction=0.01).run()
     with pytest.raises(UserError, match=r"nothing was done for .*--no_progress_minutes"):
         counting_pass(manifest, tmp_path / "b", FaultyTask(hangs_at=2), no_progress_minutes=0.15).run()
+    with pytest.raises(UserError, match="nothing was done for"):  # not even the first unit
+        counting_pass(manifest, tmp_path / "c", FaultyTask(hangs_at=0), no_progress_minutes=0.15).run()
+    assert not [thread for thread in threading.enumerate() if "_pull" in thread.name], "a pass leaves no thread behind"
