@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 from patchsae_ray.errors import StoreError, UserError
-from patchsae_ray.settings import Defaults, RunSettings, parse
+from patchsae_ray.parsing import Defaults, parse
+from patchsae_ray.settings import RunSettings
 
 S = TypeVar("S", bound=RunSettings)
 

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,6 +12,8 @@ from patchsae_ray.data.images import BadImage
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.units import read_image
 from patchsae_ray.measure.latents import LatentResult
+from patchsae_ray.measure.masking import MaskingCurve
+from patchsae_ray.measure.rankings import Ranking
 
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
@@ -80,32 +81,52 @@ def thumbnails(manifest: Manifest, positions: set[int]) -> dict[int, np.ndarray]
     return found
 
 
-def masking_curve(ks: Sequence[int], curves: Mapping[str, Mapping[str, Any]], no_sae: float, num_classes: int) -> bytes:
-    """Accuracy against the number of masked latents.
+RANKING_LINES = {
+    "class": ("#0072b2", "o", "ranked by the image's class"),
+    "dataset": ("#e69f00", "s", "ranked over all classes"),
+    "random": ("#666666", "D", "in random order"),
+    "image": ("#009e73", "^", "ranked by the image itself"),
+    "predicted": ("#cc79a7", "v", "ranked by the predicted class"),
+}
+"""Colour (Okabe and Ito's, told apart by colour-blind readers too), marker and words of each ranking's line."""
+
+
+def masking_curve(
+    ks: Sequence[int], rankings: Sequence[Ranking], curves: Mapping[str, MaskingCurve], num_classes: int
+) -> bytes:
+    """Accuracy, averaged over classes, against the number of masked latents, with intervals as bands.
 
     Args:
         ks: numbers of latents, ascending.
-        curves: ranking → {"on": [k], "off": [k]} in percent.
-        no_sae: accuracy without the autoencoder, in percent.
+        rankings: a line each.
+        curves: by the ranking's name.
         num_classes: c; chance is 100 / c.
     """
-    figure = Figure(figsize=(9.5, 3.9), dpi=110, layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    titles = {"on": "only the k first latents kept", "off": "the k first latents removed"}
-    for axis, switch in zip(axes, ("on", "off"), strict=True):
-        for ranking, curve in curves.items():
-            label = "in random order" if ranking == "random" else f"ranked by {ranking}"
-            axis.plot(ks, curve[switch], marker="o", markersize=4, label=label)
-        axis.axhline(no_sae, color="0.35", linestyle="--", linewidth=1, label="without the SAE")
-        axis.axhline(100 / num_classes, color="0.7", linestyle=":", linewidth=1, label="chance")
-        axis.set_xscale("log")
-        axis.set_xticks(_apart(ks), [f"{k:,}" for k in _apart(ks)])
-        axis.minorticks_off()
-        axis.set_title(titles[switch])
-        axis.set_xlabel("k, number of latents")
-        axis.set_ylim(-3, 103)
-    axes[0].set_ylabel("zero-shot accuracy, %")
-    axes[1].legend(frameon=False, fontsize=8, loc="center left")
+    figure = Figure(figsize=(10.5, 4.4), dpi=110, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = ("only the k first latents kept (on)", "the k first latents removed (off)")
+    for panel, (axes, title) in enumerate(zip(panels, titles, strict=True)):
+        for ranking in rankings:
+            colour, marker, words = RANKING_LINES[ranking.name]
+            value, low, high = curves[ranking.name].mean_over_classes[1 + panel :: 2].T
+            label = f"{words}, mean of {ranking.orders}" if ranking.orders > 1 else words
+            axes.fill_between(ks, low, high, color=colour, alpha=0.22, linewidth=0)
+            axes.plot(ks, value, color=colour, marker=marker, markersize=4, linewidth=1.4, label=label)
+        untouched, low, high = curves[rankings[0].name].mean_over_classes[0]
+        axes.axhspan(low, high, color="0.3", alpha=0.12, linewidth=0)
+        axes.axhline(untouched, color="0.2", linestyle="--", linewidth=1, label="without the SAE")
+        axes.axhline(100 / num_classes, color="0.6", linestyle=":", linewidth=1, label="chance")
+        axes.set_xscale("log")
+        axes.set_xticks(_apart(ks), [f"{k:,}" for k in _apart(ks)])
+        axes.minorticks_off()
+        axes.grid(axis="y", color="0.92", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.set_title(title)
+        axes.set_xlabel("k, number of latents")
+        axes.set_ylim(-3, 103)
+    panels[0].set_ylabel("zero-shot accuracy, mean over classes, %")
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=min(4, len(labels)))
     return _png(figure)
 
 

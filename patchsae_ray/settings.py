@@ -1,20 +1,14 @@
-"""The typed settings of every job: one frozen object from a YAML file and flags, flags winning.
+"""The typed settings of every job: one frozen object each.
 
-jsonargparse makes the flags, `--help` and `--print_config` from these dataclasses; names are PatchSAE's where it has one.
+`parsing.py` makes flags, `--help` and `--print_config` from these dataclasses; names are PatchSAE's where it has one.
 """
 
 import math
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, NoReturn, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
-
-from patchsae_ray.errors import UserError, first_line, nearest
-from patchsae_ray.names import BDecInit, Device, Precision, Schedules, Tokens, VitType
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from patchsae_ray.errors import UserError
+from patchsae_ray.names import BDecInit, Device, ErrorTerm, Precision, Schedules, Tokens, VitType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,20 +240,27 @@ class ExtractSettings(ClassLatentsSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class SteerSettings(SaeSettings):
-    """Steer zero-shot classification by masking latents, in the order of their class counts."""
+    """Steer zero-shot classification by masking latents, in one or several orders."""
 
-    cls_wise_sae_activation_path: str
-    """cls_sae_cnt.npy, (latents, classes) or as the released code writes it (classes, latents)."""
+    cls_wise_sae_activation_path: str = ""
+    """cls_sae_cnt.npy, this run's or another's (an adapted CLIP's, say); needed to rank by class, dataset or predicted."""
     counts_orientation: Literal["auto", "latents_first", "classes_first"] = "auto"
-    """Which axis of the counts is which; auto tells them apart by their sizes."""
+    """Which axis of the counts is which; auto tells (latents, classes) from the released (classes, latents) by their sizes."""
     topk: str = "1,2,5,10,50,100,500,1000,2000,all"
     """Numbers of latents kept (on) and removed (off); `all` is the SAE's width."""
-    rank_by: str = "class"
-    """Order of the latents: class (counts of the image's class), random (one order from --seed), or both: class,random."""
+    rank_by: str = "class,dataset,random:5"
+    """Orders of the latents: class (counts of the image's class), dataset (of all classes), random:N (N orders, shared by all
+    images), image (its own mean activations), predicted (counts of the class that CLIP predicts); the first is metrics.csv."""
+    intervene: Tokens = "all"
+    """Tokens whose residual is replaced: all, image (CLS and patches), patch, or cls."""
+    error_term: ErrorTerm = "none"
+    """add: put back what the whole reconstruction lacks of the residual, so that keeping all latents changes nothing."""
     output_offset: float = 0.0
     """Added to every element of a reconstruction; the released script adds 0.105131256516992."""
+    predictions: bool = False
+    """Write predictions.parquet too: each image's predicted class and margin under each setting."""
     seed: int = 42
-    """Of the random order."""
+    """Of the first random order (the next ones count on) and of the intervals' resamples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,67 +271,6 @@ class DemoSettings(RunSettings):
     """Folder or URI under which results go, in `out/` and `eval_outputs/`."""
     total_training_images: int | None = None
     """Images to train on; default: as configs/datasets/demo.yaml says."""
-
-
-S = TypeVar("S", bound=RunSettings)
-
-
-class _Parser(ArgumentParser):
-    """One line and exit code 2 for whatever is wrong, with the nearest name where one is misspelt."""
-
-    given: Sequence[str] = ()
-
-    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
-        self.given = list(sys.argv[1:] if args is None else args)
-        return super().parse_args(args, *others, **options)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        known = [action.dest for action in self._actions]
-        line = first_line(Exception(message.replace("\n", " ")))
-        words = [word.strip("'\".,:[]").removeprefix("--").split("=")[0] for word in line.split()]
-        unknown = [word for word in words if word and word not in known and nearest(word, known)]
-        says_unknown = any(
-            marker in line.lower() for marker in ("unrecognized", "not accepted", "does not accept", "no action")
-        )
-        if "is not accepted" in line and "--config" in self.given[:-1]:
-            line = f"{self.given[self.given.index('--config') + 1]}: {line}"
-        sys.stderr.write(f"error: {line}{nearest(unknown[0], known) if unknown and says_unknown else ''}\n")
-        sys.exit(2)
-
-
-def build_parser(settings_class: type[RunSettings]) -> ArgumentParser:
-    """The command line of a job: a flag for every field, --config and --print_config."""
-    parser = _Parser(description=settings_class.__doc__, allow_abbrev=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; flags win over it.")
-    parser.add_class_arguments(settings_class, sub_configs=False)
-    for action in parser._actions:
-        if action.dest in _boolean_fields(settings_class):
-            # PatchSAE's bare --use_ghost_grads, and also --use_ghost_grads false
-            action.nargs, action.const = "?", True
-    return parser
-
-
-def _boolean_fields(settings_class: type[RunSettings]) -> set[str]:
-    return {field.name for field in fields(settings_class) if field.type in (bool, "bool")}
-
-
-Defaults = Callable[[Any], dict[str, Any]]
-"""Settings by flags and file alone → better defaults for some of the fields."""
-
-
-def parse(settings_class: type[S], arguments: Sequence[str] | None = None, defaults: Defaults | None = None) -> S:
-    """Command line → settings. Flags win over --config, --config over `defaults`, those over the fields' own."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = build_parser(settings_class)
-    if defaults is not None:
-        shows = ("--print_config", "--help", "-h")  # shown once the defaults are in
-        first = parser.parse_args([argument for argument in arguments if not argument.startswith(shows)])
-        parser.set_defaults(defaults(_from_namespace(settings_class, first)))
-    return _from_namespace(settings_class, parser.parse_args(arguments))
-
-
-def _from_namespace(settings_class: type[S], parsed: Any) -> S:
-    return settings_class(**{field.name: parsed[field.name] for field in fields(settings_class)})
 
 
 def as_dict(settings: RunSettings) -> dict[str, Any]:

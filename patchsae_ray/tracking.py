@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "patchsae_ray"
+MLFLOW_BATCH = 1000
+"""Metrics that a store takes at once."""
 MAX_ARTIFACT_BYTES = 64 * 2**20
 """Larger result files stay where they are; the run gets their URI as a tag."""
 
@@ -59,9 +62,13 @@ class Tracker:
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Numbers under stable names."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        found = [Metric(key, float(value), now, step) for key, value in values.items()]
         with self._carrying_on("metrics"):
-            for key, value in values.items():
-                self._client.log_metric(self.run_id, key, float(value), step=step)
+            for start in range(0, len(found), MLFLOW_BATCH):
+                self._client.log_batch(self.run_id, metrics=found[start : start + MLFLOW_BATCH])
 
     def files(self, folder: str, names: Iterable[str]) -> None:
         """Result files of a folder: copied as artifacts, or named by a tag where they are large."""

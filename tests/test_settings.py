@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from patchsae_ray.data.catalog import train_defaults
+from patchsae_ray.parsing import build_parser, parse
 from patchsae_ray.settings import (
     ClassLatentsSettings,
     DemoSettings,
@@ -13,8 +14,6 @@ from patchsae_ray.settings import (
     RunSettings,
     SteerSettings,
     TrainSettings,
-    build_parser,
-    parse,
 )
 from tests.conftest import ROOT
 

@@ -10,6 +10,7 @@ import torch
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from patchsae_ray.backbone.config import BackboneConfig, resolve
 from patchsae_ray.backbone.weights import StateDict
@@ -103,8 +104,16 @@ class Backbone(nn.Module):
     def from_hook(self, residual: Tensor) -> Tensor:
         """Residual [n, t, d] → image embedding [n, e], not made unit length.
 
-        Only the CLS row leaves the last block, so there the query, attention output and MLP run for that row alone.
+        Only the CLS row leaves the last block, so there everything runs for that row alone. Where whole blocks come before
+        it, a CPU runs a few images at a time, as in `to_hook`.
         """
+        whole_blocks = len(self.visual.transformer.resblocks) - 2 - self.hook_block
+        if residual.is_cuda or whole_blocks <= 0:
+            return self._blocks_from_hook(residual)
+        images = max(1, CPU_TOKENS // self.num_tokens)
+        return torch.cat([self._blocks_from_hook(part) for part in residual.split(images)])
+
+    def _blocks_from_hook(self, residual: Tensor) -> Tensor:
         x = residual.to(self.dtype)
         blocks = self.visual.transformer.resblocks
         for index in range(self.hook_block + 1, len(blocks)):
@@ -123,10 +132,27 @@ class Backbone(nn.Module):
 
 
 def _cls_row(block: Any, x: Tensor) -> Tensor:
-    """What the block gives for token 0, [n, 1, d]: keys and values of all tokens, everything else for one."""
-    normed = block.ln_1(x)
-    row = x[:, :1] + block.ls_1(block.attention(normed[:, :1], normed, normed))
+    """What a ResidualAttentionBlock gives for token 0, [n, 1, d]."""
+    row = x[:, :1] + block.ls_1(_cls_attention(block.attn, block.ln_1(x)))
     return row + block.ls_2(block.mlp(block.ln_2(row)))
+
+
+def _cls_attention(attention: nn.MultiheadAttention, y: Tensor) -> Tensor:
+    """Attention's output for token 0 of y [n, t, d], [n, 1, d], without the other tokens' keys and values.
+
+    With one query q a head, q·(W_k y_i) = (W_kᵀ q)·y_i and Σ a_i W_v y_i = W_v Σ a_i y_i: the two matrices meet one vector a
+    head in place of t. The keys' bias adds the same to every score, which the softmax takes away again.
+    """
+    n, _, d = y.shape
+    heads = attention.num_heads
+    w_q, w_k, w_v = attention.in_proj_weight.chunk(3)
+    b_q, _, b_v = attention.in_proj_bias.chunk(3)
+    q = linear(y[:, 0], w_q, b_q).view(n, heads, -1) * (d // heads) ** -0.5
+    through_keys = torch.einsum("nhe,hed->nhd", q, w_k.view(heads, -1, d))
+    weights = (through_keys @ y.mT).softmax(dim=-1, dtype=torch.float32).to(y.dtype)  # [n, h, t]
+    values = torch.einsum("nhd,hed->nhe", weights @ y, w_v.view(heads, -1, d)).reshape(n, 1, d)
+    out: Tensor = attention.out_proj(values + b_v)
+    return out
 
 
 def resolve_block(block_layer: int, num_blocks: int) -> int:

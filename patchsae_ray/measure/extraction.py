@@ -1,16 +1,16 @@
 """One pass over images gives everything that extraction keeps: a unit's pixels in, its statistics out. No Ray."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from patchsae_ray.backbone.clip import Backbone
 from patchsae_ray.measure.arrays import Arrays, prefixed, without_prefix
 from patchsae_ray.measure.latents import LatentStatistics
 from patchsae_ray.measure.quality import ReconstructionQuality
+from patchsae_ray.measure.residuals import ResidualBatches
 from patchsae_ray.measure.stages import StageTimer
 from patchsae_ray.names import Tokens
 from patchsae_ray.sae.model import SparseAutoencoder
@@ -61,9 +61,6 @@ class ExtractionTotals:
 class Extractor:
     """The model on its device, turning images into statistics.
 
-    On a GPU the tower is compiled, and the next batch's pixels are copied while this one's are worked on; the last batch
-    of a unit is filled up with blank images so that there is one shape to compile for.
-
     Args:
         backbone: the frozen tower.
         sae: the autoencoder, on the same device.
@@ -72,15 +69,13 @@ class Extractor:
     """
 
     def __init__(self, backbone: Backbone, sae: SparseAutoencoder, settings: ExtractionSettings, batch_size: int) -> None:
-        self._backbone, self._sae, self._settings, self._batch_size = backbone, sae, settings, batch_size
+        self._sae, self._settings = sae, settings
         self._device = sae.W_enc.device.type
         self._tokens = backbone.token_slice(settings.tokens)
         names, types = backbone.token_types(settings.tokens)
         self._types = types.to(self._device)
         self._type_sizes = [int((types == kind).sum()) for kind in range(len(names))]
-        self._to_hook: Callable[[Tensor], Tensor] = backbone.to_hook
-        if self._device == "cuda":
-            self._to_hook = torch.compile(backbone.to_hook, dynamic=False)
+        self._residuals = ResidualBatches(backbone, batch_size, self._device)
 
     @torch.inference_mode()
     def unit(
@@ -99,10 +94,8 @@ class Extractor:
         quality = ReconstructionQuality(self._sae.d_in)
         sampled = np.isin(positions, settings.quality_positions)
         timer = StageTimer(self._device)
-        for rows, batch in self._batches(pixels):
-            timer.mark("copy")
-            x = self._to_hook(batch)[: rows.stop - rows.start, self._tokens]
-            timer.mark("to_hook")
+        for rows, residual in self._residuals.of(pixels, timer):
+            x = residual[:, self._tokens]
             keep = torch.from_numpy(sampled[rows]).to(self._device) if sampled[rows].any() else None
             reduced, active = reduce_latents(self._sae, x, settings.thresholds, self._types, keep)
             timer.mark("encode")
@@ -117,27 +110,3 @@ class Extractor:
         arrays = {**prefixed("latents", statistics.to_arrays()), **prefixed("quality", quality.to_arrays())}
         timer.mark("reduce")
         return arrays, timer.seconds
-
-    def _batches(self, pixels: np.ndarray) -> Iterator[tuple[slice, Tensor]]:
-        starts = range(0, len(pixels), self._batch_size)
-        rows = [slice(start, min(start + self._batch_size, len(pixels))) for start in starts]
-        if self._device != "cuda":
-            for part in rows:
-                yield part, torch.from_numpy(np.array(pixels[part]))
-            return
-        stream = torch.cuda.Stream()
-        ahead = self._start_copy(pixels, rows[0], stream) if rows else None
-        for index, part in enumerate(rows):
-            torch.cuda.current_stream().wait_stream(stream)
-            batch = ahead
-            assert batch is not None
-            batch.record_stream(torch.cuda.current_stream())
-            ahead = self._start_copy(pixels, rows[index + 1], stream) if index + 1 < len(rows) else None
-            yield part, batch
-
-    def _start_copy(self, pixels: np.ndarray, rows: slice, stream: "torch.cuda.Stream") -> Tensor:
-        """Begin to copy a batch to the GPU through pinned memory, filled up to the batch size."""
-        held = torch.zeros(self._batch_size, *pixels.shape[1:], dtype=torch.uint8).pin_memory()
-        held[: rows.stop - rows.start] = torch.from_numpy(np.array(pixels[rows]))
-        with torch.cuda.stream(stream):
-            return held.to("cuda", non_blocking=True)

@@ -7,8 +7,10 @@ from typing import Any
 
 from patchsae_ray import storage
 from patchsae_ray.data.catalog import train_defaults
+from patchsae_ray.parsing import parse
 from patchsae_ray.pipelines.extract import COUNTS_FILE, FIGURE_FILE, class_latents, extract, feature_folder
-from patchsae_ray.pipelines.steer import CURVE_FILE, steer
+from patchsae_ray.pipelines.steer import steer
+from patchsae_ray.pipelines.steer_outputs import CURVE_FILE, with_interval
 from patchsae_ray.pipelines.train import train
 from patchsae_ray.settings import (
     ClassLatentsSettings,
@@ -16,7 +18,6 @@ from patchsae_ray.settings import (
     ExtractSettings,
     SteerSettings,
     TrainSettings,
-    parse,
 )
 
 log = logging.getLogger(__name__)
@@ -43,9 +44,9 @@ def demo(settings: DemoSettings) -> str:
     class_latents(parse(ClassLatentsSettings, _command("class_latents", [*look, "--threshold", "0.2"])))
     features = feature_folder(extract_settings)
     steer_flags = ["--cls_wise_sae_activation_path", storage.join(features, COUNTS_FILE)]
-    steer_flags += ["--split", "test", "--rank_by", "class,random"]
-    curves = steer(parse(SteerSettings, _command("steer", [*look, *steer_flags])))
-    text = report(trained, extracted, curves, features, storage.join(root, "eval_outputs", "base", "demo"))
+    steer_flags += ["--split", "test", "--rank_by", "class,dataset,random:5"]
+    steered = steer(parse(SteerSettings, _command("steer", [*look, *steer_flags])))
+    text = report(trained, extracted, steered, features, storage.join(root, "eval_outputs", "base", "demo"))
     log.info(
         "%s\n\n%.0f s in all. MLflow: mlflow ui --backend-store-uri sqlite:///%s/mlflow.db",
         text,
@@ -61,27 +62,34 @@ def _command(job: str, flags: Sequence[str]) -> list[str]:
 
 
 def report(
-    trained: dict[str, float], extracted: dict[str, float], curves: dict[str, Any], features: str, evaluation: str
+    trained: dict[str, float], extracted: dict[str, float], steered: dict[str, Any], features: str, evaluation: str
 ) -> str:
     """What came out, as text."""
-    whole = curves["class"]["on"][-1]
+    curves = {name: found["settings"] for name, found in steered["rankings"].items()}
+    ks = steered["ks"]
     lines = [
         "",
         f"The SAE, trained on {trained['images']:,.0f} images in {trained['wall_seconds']:.0f} s, "
         f"looked at through {extracted['images']:,.0f} images",
-        f"  zero-shot accuracy without the SAE        {curves['no_sae']:6.2f} %",
-        f"  zero-shot accuracy with its reconstruction{whole:6.2f} %",
-        f"  explained variance                        {100 * extracted['quality_explained_variance']:6.2f} %",
-        f"  active latents a token (L0)               {extracted['quality_l0']:6.1f} of {extracted['latents']:,.0f}",
-        f"  latents never active on these images      {extracted['dead_latents']:6,.0f} of {extracted['latents']:,.0f}",
+        f"  zero-shot accuracy without the SAE         {with_interval(steered['no_sae'])}",
+        f"  zero-shot accuracy with its reconstruction {with_interval(curves['class'][f'on_{ks[-1]}'])}",
+        f"  explained variance                         {100 * extracted['quality_explained_variance']:6.2f} %",
+        f"  active latents a token (L0)                {extracted['quality_l0']:6.1f} of {extracted['latents']:,.0f}",
+        f"  latents never active on these images       {extracted['dead_latents']:6,.0f} of {extracted['latents']:,.0f}",
         "",
-        "Masking curve: zero-shot accuracy in %, by how many latents are kept (on) or removed (off)",
-        "           ranked for the class     the same number at random",
-        "       k        on       off              on       off",
+        "Zero-shot accuracy in % (half the width of its 95 % interval), by how many latents are kept (on) or removed (off),",
+        "ranked for the image's class, over all classes, and at random (mean of 5 orders)",
+        "                class                     dataset                   random",
+        "       k        on          off           on          off           on          off",
     ]
-    columns = (curves["class"]["on"], curves["class"]["off"], curves["random"]["on"], curves["random"]["off"])
-    for k, class_on, class_off, random_on, random_off in zip(curves["ks"], *columns, strict=True):
-        lines.append(f"  {k:6,}  {class_on:8.2f}  {class_off:8.2f}        {random_on:8.2f}  {random_off:8.2f}")
+    for k in ks:
+        pairs = [(ranking, switch) for ranking in ("class", "dataset", "random") for switch in ("on", "off")]
+        lines.append(f"  {k:6,}  " + "  ".join(_cell(curves[ranking][f"{switch}_{k}"]) for ranking, switch in pairs))
     lines += ["", "Files", f"  {features}/", f"  {storage.join(features, FIGURE_FILE)}"]
     lines += [f"  {evaluation}/", f"  {storage.join(evaluation, CURVE_FILE)}"]
     return "\n".join(lines)
+
+
+def _cell(row: dict[str, dict[str, float]]) -> str:
+    found = row["mean_over_classes"]
+    return f"{found['percent']:6.2f} ({(found['high'] - found['low']) / 2:.1f})"

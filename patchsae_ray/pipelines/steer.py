@@ -1,34 +1,38 @@
-"""Zero-shot classification with only the k first latents, and without them, for every k in one pass."""
+"""Zero-shot classification with only the k first latents, and without them: every k and every ranking in one pass."""
 
-import io
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import ray
 
-from patchsae_ray import figures, storage
+from patchsae_ray import storage
 from patchsae_ray.backbone.zero_shot import OPENAI_IMAGENET_TEMPLATES
-from patchsae_ray.data.manifest import Manifest
-from patchsae_ray.errors import UserError, nearest
-from patchsae_ray.measure.masking import MaskingAccuracy, settings_of
+from patchsae_ray.errors import UserError
+from patchsae_ray.measure.rankings import Ranking, parse_rankings
+from patchsae_ray.measure.steering import SteeringSettings, SteeringTotals
 from patchsae_ray.pipelines import cluster
-from patchsae_ray.pipelines.model import Inputs, LoadedModel, read_inputs
+from patchsae_ray.pipelines.counts import read_counts
+from patchsae_ray.pipelines.model import Inputs, read_inputs
 from patchsae_ray.pipelines.passes import Pass, UnitPass
 from patchsae_ray.pipelines.results import ResultFolder, record_of_file, run_key
 from patchsae_ray.pipelines.runner import Made, Session, run_once
-from patchsae_ray.pipelines.steer_worker import SteerTask, SteerTotals, classifier_rows
-from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet
+from patchsae_ray.pipelines.steer_outputs import (
+    check_predictions_fit,
+    output_names,
+    result_files,
+    steering_metrics,
+    summarise,
+    with_interval,
+)
+from patchsae_ray.pipelines.steer_worker import SteerTask, classifier_rows
 from patchsae_ray.settings import SteerSettings
 
 log = logging.getLogger(__name__)
 
-RANKINGS = ("class", "random")
-CURVE_FILE = "masking_curve.png"
 
-
-def parse_topk(text: str, num_latents: int) -> list[int]:
+def parse_topk(text: str, num_latents: int) -> tuple[int, ...]:
     """`1,2,all` → ascending numbers of latents; `all` is the width. Of the default list, those above the width are dropped.
 
     Raises: UserError for what is no number, 0, or above the width.
@@ -45,66 +49,16 @@ def parse_topk(text: str, num_latents: int) -> list[int]:
             ks.add(int(part))
         elif not default:
             raise UserError(f"--topk {part}: the SAE has {num_latents} latents")
-    return sorted(ks)
-
-
-def parse_rankings(text: str) -> list[str]:
-    """`class,random` → the rankings, each once, in order.
-
-    Raises: UserError for an unknown one.
-    """
-    rankings = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    for ranking in rankings:
-        if ranking not in RANKINGS:
-            raise UserError(f"--rank_by {ranking!r}: {', '.join(RANKINGS)} are known{nearest(ranking, RANKINGS)}")
-    return rankings
-
-
-def read_counts(settings: SteerSettings, model: LoadedModel, manifest: Manifest) -> np.ndarray:
-    """cls_sae_cnt.npy as [s, c], in either orientation, checked against the SAE and the class list.
-
-    Raises: UserError where it is no such matrix, or by its run.json of another SAE or class list.
-    """
-    path = settings.cls_wise_sae_activation_path
-    try:
-        counts = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a whole .npy array of numbers") from error
-    if not isinstance(counts, np.ndarray) or counts.dtype.kind not in "iuf":
-        raise UserError(f"{path} is not a .npy array of numbers")
-    s, c = model.autoencoder.d_sae, manifest.num_classes
-    record = record_of_file(path)
-    if record is not None:
-        _check_made_for(path, record["identity"], model, manifest)
-    fits = {"latents_first": counts.shape == (s, c), "classes_first": counts.shape == (c, s)}
-    chosen = settings.counts_orientation
-    if chosen == "auto":
-        if all(fits.values()) and record is None:
-            raise UserError(f"{path} is square ({s} by {c}): say which axis is which with --counts_orientation")
-        chosen = "latents_first" if fits["latents_first"] else "classes_first"
-    if not fits[chosen]:
-        raise UserError(f"{path} has shape {counts.shape}; {(s, c)} for this SAE and these {c} classes would be right")
-    log.info("steer: class counts read from %s, %s", path, chosen)
-    return counts if chosen == "latents_first" else counts.T
-
-
-def _check_made_for(path: str, made: dict[str, Any], model: LoadedModel, manifest: Manifest) -> None:
-    checkpoint = model.checkpoint
-    if checkpoint is not None and made.get("sae") != checkpoint.digest:
-        raise UserError(f"{path} was counted with another SAE (by the run.json beside it) than --sae_path {checkpoint.path}")
-    theirs, ours = made.get("classnames"), list(manifest.classnames)
-    if theirs and theirs != ours:
-        raise UserError(f"{path} was counted for another class list (by the run.json beside it) than {manifest.source} has")
+    return tuple(sorted(ks))
 
 
 @dataclass(frozen=True)
 class SteerInputs(Inputs):
     """What a steering run is about, read and checked."""
 
-    counts: np.ndarray
-    """[s, c]."""
-    ks: list[int]
-    rankings: list[str]
+    counts: np.ndarray | None
+    """[s, c], where a ranking needs them."""
+    steering: SteeringSettings
 
 
 def read_steer_inputs(settings: SteerSettings) -> SteerInputs:
@@ -112,18 +66,36 @@ def read_steer_inputs(settings: SteerSettings) -> SteerInputs:
 
     Raises: UserError for whatever is wrong with it.
     """
+    rankings = tuple(parse_rankings(settings.rank_by))
+    _check_counts_given(settings, rankings)
     inputs = read_inputs(settings, text=True)
     model, manifest = inputs.model, inputs.manifest
     if not manifest.labelled:
         raise UserError(f"{manifest.source} has no labels: steering is measured on labelled images")
     if not manifest.classnames:
         raise UserError(f"{manifest.source} names no classes: --classnames FILE is needed for the zero-shot classifier")
-    ks, rankings = parse_topk(settings.topk, model.autoencoder.d_sae), parse_rankings(settings.rank_by)
-    return SteerInputs(model, manifest, read_counts(settings, model, manifest), ks, rankings)
+    if manifest.num_classes > len(manifest.classnames):
+        raise UserError(f"{manifest.source} has {manifest.num_classes} labels, but {len(manifest.classnames)} class names")
+    ks = parse_topk(settings.topk, model.autoencoder.d_sae)
+    if settings.predictions:
+        check_predictions_fit(manifest.num_images, rankings, ks)
+    counts = read_counts(settings, model, manifest) if settings.cls_wise_sae_activation_path else None
+    steering = SteeringSettings(
+        ks, rankings, settings.intervene, settings.error_term, settings.output_offset, settings.predictions
+    )
+    return SteerInputs(model, manifest, counts, steering)
+
+
+def _check_counts_given(settings: SteerSettings, rankings: tuple[Ranking, ...]) -> None:
+    wanting = [ranking.name for ranking in rankings if ranking.needs_counts]
+    if wanting and not settings.cls_wise_sae_activation_path:
+        raise UserError(f"--cls_wise_sae_activation_path is needed for --rank_by {wanting[0]}: cls_sae_cnt.npy of extract")
+    if not wanting and settings.cls_wise_sae_activation_path:
+        raise UserError(f"--cls_wise_sae_activation_path has no use with --rank_by {settings.rank_by}: leave it out")
 
 
 def steer(settings: SteerSettings) -> dict[str, Any]:
-    """`jobs/steer.py`: write metrics.csv. Returns {"no_sae": percent, ranking: {"on": […], "off": […]}, "ks": […]}.
+    """`jobs/steer.py`: write metrics.csv and what goes with it. Returns what summary.json holds.
 
     Raises: UserError for whatever is wrong with the settings, the inputs or the folder.
     """
@@ -132,29 +104,39 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     folders = {}
     for precision in cluster.possible_precisions(settings.precision):
         identity = _identity(settings, inputs, precision)
-        names = [*_metric_files(inputs.rankings).values(), CURVE_FILE, ERRORS_FILE]
-        folders[precision] = ResultFolder(uri, "steer", identity, dict.fromkeys(names, run_key(identity)))
+        outputs = dict.fromkeys(output_names(inputs.steering), run_key(identity))
+        folders[precision] = ResultFolder(uri, "steer", identity, outputs)
 
     def work(session: Session) -> Made:
-        accuracy, kept = run_steering(settings, inputs, session)
-        curves = _curves(accuracy, inputs.ks)
-        counts_from = record_of_file(settings.cls_wise_sae_activation_path)
+        totals, kept = run_steering(settings, inputs, session)
+        summary, curves = summarise(totals, inputs.steering, inputs.manifest, settings.seed)
+        counts_from = record_of_file(settings.cls_wise_sae_activation_path) if inputs.counts is not None else None
         made_by = {"counts_run_key": counts_from["run_key"] if counts_from else None}
-        record = {"source": inputs.manifest.source, **kept.record()}
-        files, metrics = _files(inputs, accuracy, curves, kept), _metrics(curves, kept)
-        return Made(files, curves, metrics, record, tags=made_by, spent=storage.join(uri, "bundles", session.folder.key))
+        return Made(
+            result_files(inputs.steering, inputs.manifest, totals, curves, summary, kept.bad, settings.seed),
+            summary,
+            {**steering_metrics(summary), "wall_seconds": kept.wall_seconds(), "images_per_second": kept.images_per_second()},
+            {"source": inputs.manifest.source, **kept.record()},
+            tags=made_by,
+            spent=storage.join(uri, "bundles", session.folder.key),
+        )
 
-    curves = run_once(settings, folders, work)
-    whole = curves[inputs.rankings[0]]["on"][-1] if inputs.ks[-1] == inputs.model.autoencoder.d_sae else None
-    log.info("steer: zero-shot accuracy without the SAE %.2f %%", curves["no_sae"])
+    summary = run_once(settings, folders, work)
+    _log_summary(summary, inputs, uri)
+    return summary
+
+
+def _log_summary(summary: dict[str, Any], inputs: SteerInputs, uri: str) -> None:
+    log.info("steer: zero-shot accuracy without the SAE %s", with_interval(summary["no_sae"]))
+    first = summary["rankings"][inputs.steering.rankings[0].name]["settings"]
+    whole = first.get(f"on_{inputs.model.autoencoder.d_sae}")
     if whole is not None:
-        log.info("steer: zero-shot accuracy with its whole reconstruction %.2f %%", whole)
+        log.info("steer: zero-shot accuracy with all latents kept %s", with_interval(whole))
     log.info("steer: results in %s", uri)
-    return curves
 
 
-def run_steering(settings: SteerSettings, inputs: SteerInputs, session: Session) -> tuple[dict[str, MaskingAccuracy], Pass]:
-    """The pass on Ray: right predictions a ranking, and what was kept of the pass.
+def run_steering(settings: SteerSettings, inputs: SteerInputs, session: Session) -> tuple[SteeringTotals, Pass]:
+    """The pass on Ray: right predictions by ranking, and what was kept of the pass.
 
     Raises: UserError past `--max_bad_fraction`, or where the pass cannot go on.
     """
@@ -164,66 +146,33 @@ def run_steering(settings: SteerSettings, inputs: SteerInputs, session: Session)
     remote = ray.remote(classifier_rows).options(num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus)
     weights = {name: value.numpy() for name, value in inputs.model.state_dict.items()}
     classifier = ray.get(remote.remote(inputs.model.config, weights, manifest.classnames, plan))
-    log.info("steer: %d values of k, ranked by %s", len(inputs.ks), ", ".join(inputs.rankings))
+    steering = inputs.steering
+    names = [f"{ranking.orders} {ranking.name}" if ranking.orders > 1 else ranking.name for ranking in steering.rankings]
+    log.info("steer: %d values of k, ranked by %s", len(steering.ks), ", ".join(names))
     task = SteerTask(
-        inputs.model.portable(plan.precision), classifier, inputs.counts, tuple(inputs.ks), tuple(inputs.rankings),
-        settings.output_offset, settings.seed, settings.batch_size,
+        inputs.model.portable(plan.precision), classifier, float(inputs.model.state_dict["logit_scale"]), inputs.counts,
+        steering, settings.seed, settings.batch_size,
     )  # fmt: skip
     totals, kept = UnitPass(
-        "steer", manifest, inputs.model.config.image_size, task, SteerTotals, session, session.folder.key,
+        "steer", manifest, inputs.model.config.image_size, task, SteeringTotals, session, session.folder.key,
         settings.max_bad_fraction, settings.no_progress_minutes, settings.commit_seconds,
     ).run()  # fmt: skip
-    num_settings = 1 + 2 * len(inputs.ks)
-    nothing = MaskingAccuracy(num_settings, manifest.num_classes)
-    return {ranking: totals.accuracy.get(ranking, nothing) for ranking in inputs.rankings}, kept
-
-
-def _metric_files(rankings: list[str]) -> dict[str, str]:
-    """The first ranking's table is metrics.csv, each other's metrics_{ranking}.csv."""
-    return {ranking: "metrics.csv" if index == 0 else f"metrics_{ranking}.csv" for index, ranking in enumerate(rankings)}
+    if not totals.accuracy or not any(accuracy.images.sum() for accuracy in totals.accuracy.values()):
+        raise UserError(f"{manifest.source}: no image with a label could be read, so there is nothing to write")
+    return totals, kept
 
 
 def _identity(settings: SteerSettings, inputs: SteerInputs, precision: str) -> dict[str, Any]:
+    counts = inputs.counts
+    steering = asdict(inputs.steering)
+    rankings = [f"{ranking.name}:{ranking.orders}" for ranking in inputs.steering.rankings]
     return {
         **inputs.model.identity(precision),
         "manifest": inputs.manifest.digest,
         "classnames": list(inputs.manifest.classnames),
         "templates": storage.digest(OPENAI_IMAGENET_TEMPLATES),
-        "counts": storage.digest([np.ascontiguousarray(inputs.counts, dtype=np.float64)]),
-        "topk": inputs.ks,
-        "rank_by": inputs.rankings,
-        "output_offset": settings.output_offset,
-        **({"seed": settings.seed} if "random" in inputs.rankings else {}),
+        **({} if counts is None else {"counts": storage.digest([np.ascontiguousarray(counts, dtype=np.float64)])}),
+        **{name: value for name, value in steering.items() if name != "rankings"},
+        "rank_by": ",".join(rankings),
+        "seed": settings.seed,
     }
-
-
-def _curves(accuracy: dict[str, MaskingAccuracy], ks: list[int]) -> dict[str, Any]:
-    """Percent of all images predicted right, by ranking, switch and k."""
-    curves: dict[str, Any] = {"ks": ks}
-    for ranking, counts in accuracy.items():
-        overall = counts.accuracy()
-        curves["no_sae"] = float(overall[0])
-        curves[ranking] = {"on": overall[1::2].tolist(), "off": overall[2::2].tolist()}
-    return curves
-
-
-def _files(inputs: SteerInputs, accuracy: dict[str, MaskingAccuracy], curves: dict[str, Any], kept: Pass) -> dict[str, bytes]:
-    tables = {
-        name: accuracy[ranking].table(inputs.ks).to_csv().encode() for ranking, name in _metric_files(inputs.rankings).items()
-    }
-    lines = {ranking: curves[ranking] for ranking in inputs.rankings}
-    curve = figures.masking_curve(inputs.ks, lines, curves["no_sae"], inputs.manifest.num_classes)
-    return {**tables, CURVE_FILE: curve, ERRORS_FILE: errors_parquet(kept.bad)}
-
-
-def _metrics(curves: dict[str, Any], kept: Pass) -> dict[str, float]:
-    """Stable names: accuracy_no_sae, accuracy_{ranking}_on_1, …"""
-    metrics = {"accuracy_no_sae": curves["no_sae"], "wall_seconds": kept.wall_seconds()}
-    for ranking in (name for name in RANKINGS if name in curves):
-        for setting, value in zip(settings_of(curves["ks"])[1:], _interleaved(curves[ranking]), strict=True):
-            metrics[f"accuracy_{ranking}_{setting}"] = value
-    return metrics
-
-
-def _interleaved(curve: dict[str, list[float]]) -> list[float]:
-    return [value for pair in zip(curve["on"], curve["off"], strict=True) for value in pair]

@@ -53,6 +53,30 @@ class ActiveLatents:
     num_tokens: int
     """n * t."""
 
+    def within(self, per_image: int, part: slice) -> "ActiveLatents":
+        """Those of a run of each image's tokens alone, numbered without the others.
+
+        Args:
+            per_image: t.
+            part: the run, as a slice of the t tokens.
+        """
+        start, stop, _ = part.indices(per_image)
+        if (start, stop) == (0, per_image):
+            return self
+        place = self.token.remainder(per_image)
+        inside = (place >= start) & (place < stop)
+        image, place = self.token[inside].div(per_image, rounding_mode="floor"), place[inside]
+        num_tokens = self.num_tokens // per_image * (stop - start)
+        return ActiveLatents(image * (stop - start) + place - start, self.latent[inside], self.value[inside], num_tokens)
+
+    def image_means(self, num_images: int, num_latents: int) -> Tensor:
+        """Mean of z over each image's tokens: [n, s] float32."""
+        per_image = self.num_tokens // num_images
+        cell = self.token.div(per_image, rounding_mode="floor") * num_latents + self.latent
+        sums = torch.zeros(num_images * num_latents, dtype=torch.float64, device=self.value.device)
+        sums.index_add_(0, cell, self.value.to(torch.float64))
+        return (sums / per_image).to(torch.float32).view(num_images, num_latents)
+
 
 def slices(num_latents: int, num_tokens: int, device: str = "cpu") -> Iterator[slice]:
     """Slices of the latents whose activations on `num_tokens` tokens stay within SLICE_BYTES."""
@@ -147,10 +171,12 @@ def active_latents(sae: SparseAutoencoder, x: Tensor) -> ActiveLatents:
 
 def sparse_decode(sae: SparseAutoencoder, active: ActiveLatents) -> Tensor:
     """z W_dec + b_dec from the active latents alone: [n * t, d] float32."""
-    return _sum_rows(sae, active, torch.zeros_like(active.token), 1)[0] + sae.b_dec
+    return _sum_rows(sae, active, active.token, active.num_tokens) + sae.b_dec
 
 
-def masked_reconstructions(sae: SparseAutoencoder, active: ActiveLatents, ranks: Tensor, ks: Tensor) -> tuple[Tensor, Tensor]:
+def masked_reconstructions(
+    sae: SparseAutoencoder, active: ActiveLatents, ranks: Tensor, ks: Tensor, rest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Reconstructions with the k first latents kept, and with the k first removed, at every k at once.
 
     Decoding is linear: latents are put into one bucket between successive k, each bucket is decoded once, and the running
@@ -158,32 +184,33 @@ def masked_reconstructions(sae: SparseAutoencoder, active: ActiveLatents, ranks:
 
     Args:
         sae: the autoencoder.
-        active: active latents of one image's tokens [t].
-        ranks: [s] int64, place of each latent in the ranking, 0 first.
-        ks: [k] int64, ascending, in 1..s.
+        active: active latents of the tokens of n images, t each.
+        ranks: [n, s] int64, place of each latent in the image's ranking, 0 first.
+        ks: [k] int64, ascending, repeats allowed, from 1; those past s keep all.
+        rest: what is added to each, [n, t, d] or what broadcasts to it; b_dec alone where it is left out.
 
-    Returns: (on, off), each [k, t, d] float32, b_dec included.
+    Returns: (on, off), each [n, k, t, d] float32.
     """
-    bucket = torch.searchsorted(ks, ranks[active.latent], right=True)
-    parts = _sum_rows(sae, active, bucket, len(ks) + 1)
-    on = parts[:-1].cumsum(dim=0)
-    full = parts.sum(dim=0)
-    return on + sae.b_dec, (full - on) + sae.b_dec
+    n, t = len(ranks), active.num_tokens // len(ranks)
+    image, place = active.token.div(t, rounding_mode="floor"), active.token.remainder(t)
+    bucket = torch.searchsorted(ks, ranks[image, active.latent], right=True)
+    buckets = len(ks) + 1
+    parts = _sum_rows(sae, active, (image * buckets + bucket) * t + place, n * buckets * t).view(n, buckets, t, -1)
+    base = (sae.b_dec if rest is None else rest).broadcast_to(n, t, sae.d_in)[:, None]
+    running = parts.cumsum(dim=1)
+    return running[:, :-1] + base, running[:, -1:] - running[:, :-1] + base
 
 
 def masked_reconstructions_plain(sae: SparseAutoencoder, x: Tensor, ranks: Tensor, ks: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition that `masked_reconstructions` is held to: x [t, d], dense encode, mask, dense decode for each k."""
-    z = sae.encode(x)
-    on = torch.stack([sae.decode(z * (ranks < k)) for k in ks])
-    off = torch.stack([sae.decode(z * (ranks >= k)) for k in ks])
+    """The definition that `masked_reconstructions` is held to: x [n, t, d], dense encode, mask, dense decode for each k."""
+    z, places = sae.encode(x), ranks[:, None]
+    on = torch.stack([sae.decode(z * (places < k)) for k in ks], dim=1)
+    off = torch.stack([sae.decode(z * (places >= k)) for k in ks], dim=1)
     return on, off
 
 
-def _sum_rows(sae: SparseAutoencoder, active: ActiveLatents, bucket: Tensor, num_buckets: int) -> Tensor:
-    """Per bucket and token the sum of value * W_dec[latent]: [num_buckets, n * t, d] float32."""
-    cell = bucket * active.num_tokens + active.token
+def _sum_rows(sae: SparseAutoencoder, active: ActiveLatents, cell: Tensor, num_cells: int) -> Tensor:
+    """Per cell the sum of value * W_dec[latent] over the active latents in it: [num_cells, d] float32."""
     order = torch.argsort(cell, stable=True)
-    cells = num_buckets * active.num_tokens
-    starts = torch.searchsorted(cell[order], torch.arange(cells, device=cell.device))
-    rows = embedding_bag(active.latent[order], sae.W_dec, starts, mode="sum", per_sample_weights=active.value[order])
-    return rows.view(num_buckets, active.num_tokens, -1)
+    starts = torch.searchsorted(cell[order], torch.arange(num_cells, device=cell.device))
+    return embedding_bag(active.latent[order], sae.W_dec, starts, mode="sum", per_sample_weights=active.value[order])

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from patchsae_ray.measure.arrays import from_bytes, prefixed, to_bytes, without_prefix
 from patchsae_ray.measure.latents import LatentStatistics
-from patchsae_ray.measure.masking import MaskingAccuracy, settings_of
 from patchsae_ray.measure.quality import ReconstructionQuality
 from patchsae_ray.measure.sums import CompensatedSum
 from patchsae_ray.sae.ops import HISTOGRAM_BINS, ImageLatents
@@ -124,20 +123,6 @@ def test_quality_against_the_definitions() -> None:
     assert result.l0 == pytest.approx(70 / 40)
     assert result.l1 == pytest.approx(values.sum().item() / 40, rel=1e-5)
     assert ReconstructionQuality(6).result() is None
-
-
-def test_masking_table() -> None:
-    accuracy, other = MaskingAccuracy(3, 3), MaskingAccuracy(3, 3)
-    accuracy.update(np.array([0, 1, 0]), 0)
-    other.update(np.array([0, 0, 0]), 0)
-    other.update(np.array([1, 2, 1]), 1)
-    accuracy.merge(MaskingAccuracy.from_arrays(from_bytes(to_bytes(other.to_arrays()))))
-    table = accuracy.table([5])
-    assert list(table.index) == settings_of([5]) == ["no_sae", "on_5", "off_5"]
-    assert table.loc["no_sae"].tolist()[:2] == [100.0, 100.0]
-    assert table.loc["on_5"].tolist()[:2] == [50.0, 0.0]
-    assert np.isnan(table.loc["no_sae", "2"]), "a class without images has no percentage"
-    assert accuracy.accuracy() == pytest.approx([100.0, 100 / 3, 100.0])
 
 
 def test_prefixes_keep_accumulators_apart() -> None:

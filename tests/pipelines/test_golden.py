@@ -16,6 +16,7 @@ pytestmark = pytest.mark.ray
 
 EXPECTED = GOLDEN / "expected"
 OFFSET = "0.105131256516992"
+RANKINGS = "class,dataset,random:2,image,predicted"
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,9 @@ def test_class_latents_alone_equals_golden(run_command: JobRunner, tmp_path: Pat
 @pytest.fixture(scope="module")
 def steered(run_command: JobRunner, extracted: Path, features: Path) -> Path:
     counts = ["--cls_wise_sae_activation_path", str(features / "cls_sae_cnt.npy")]
-    done = run_command("steer", extracted, *golden_flags(), *counts, "--output_offset", OFFSET, "--rank_by", "class,random")
+    done = run_command(
+        "steer", extracted, *golden_flags(), *counts, "--output_offset", OFFSET, "--rank_by", RANKINGS, "--predictions"
+    )
     assert done.code == 0, done.err
     return extracted / "eval_outputs" / "base" / "golden"
 
@@ -109,12 +112,54 @@ def test_steering_metrics_exact(steered: Path) -> None:
     assert np.allclose(metrics.to_numpy(), golden.to_numpy(), rtol=0, atol=1e-9)
 
 
-def test_random_ranking_has_a_table_of_its_own(steered: Path) -> None:
+@pytest.mark.parametrize("ranking", ["dataset", "random", "image", "predicted"])
+def test_other_rankings_have_tables_of_their_own(steered: Path, ranking: str) -> None:
     metrics = pd.read_csv(steered / "metrics.csv", index_col="masking")
-    other = pd.read_csv(steered / "metrics_random.csv", index_col="masking")
+    other = pd.read_csv(steered / f"metrics_{ranking}.csv", index_col="masking")
     for row in ("no_sae", "on_1024", "off_1024"):
         assert (metrics.loc[row] == other.loc[row]).all()
     assert not other.loc["on_50"].equals(metrics.loc["on_50"])
+
+
+def test_predictions_and_the_summary_say_what_the_tables_say(steered: Path) -> None:
+    metrics = pd.read_csv(steered / "metrics.csv", index_col="masking")
+    predictions = pd.read_parquet(steered / "predictions.parquet")
+    assert predictions["position"].tolist() == list(range(69))
+    assert predictions["path"].iloc[0] == "0_red_circle/000.png"
+    assert [int(path.split("_")[0]) for path in predictions["path"]] == predictions["label"].tolist()
+    for row in metrics.index:
+        column = row if row == "no_sae" else f"class_{row}"
+        right = predictions[column] == predictions["label"]
+        assert np.allclose(100 * right.groupby(predictions["label"]).mean(), metrics.loc[row])
+        assert ((predictions[f"{column}_margin"] > 0) == right).all()
+    both = (predictions["random_42_on_50"] == predictions["label"]) / 2.0 + (
+        predictions["random_43_on_50"] == predictions["label"]
+    ) / 2.0
+    random = pd.read_csv(steered / "metrics_random.csv", index_col="masking")
+    assert np.allclose(100 * both.groupby(predictions["label"]).mean(), random.loc["on_50"])
+    summary = json.loads((steered / "summary.json").read_text())
+    assert (summary["images"], summary["classes_with_images"]) == (69, 6)
+    assert list(summary["rankings"]) == ["class", "dataset", "random", "image", "predicted"]
+    for row in metrics.index:
+        found = summary["no_sae"] if row == "no_sae" else summary["rankings"]["class"]["settings"][row]
+        for name, percent in (("mean_over_classes", metrics.loc[row].mean()), ("over_images", None)):
+            assert found[name]["low"] <= found[name]["percent"] <= found[name]["high"]
+            assert percent is None or found[name]["percent"] == pytest.approx(percent, abs=1e-5)
+
+
+def test_the_run_is_in_mlflow_with_its_intervals(extracted: Path, steered: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{extracted / 'mlflow.db'}")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    (run,) = [run for run in runs if run.info.run_name == "steer"]
+    summary = json.loads((steered / "summary.json").read_text())
+    found = summary["rankings"]["predicted"]["settings"]["off_10"]["mean_over_classes"]
+    for suffix, name in (("", "percent"), ("_low", "low"), ("_high", "high")):
+        assert run.data.metrics[f"accuracy_predicted_off_10{suffix}"] == pytest.approx(found[name])
+    artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    tables = {"metrics.csv", *(f"metrics_{name}.csv" for name in ("dataset", "random", "image", "predicted"))}
+    assert artifacts >= {*tables, "summary.json", "masking_curve.png", "predictions.parquet"}
 
 
 def test_rerun_is_done_and_another_run_is_refused(run_command: JobRunner, extracted: Path, features: Path) -> None:

@@ -73,14 +73,16 @@ def undisturbed(run_command: JobRunner, data: Path, tmp_path_factory: pytest.Tem
     return results(str(root))
 
 
-def start(ray_head: RayHead, ready_mlflow: Path, folder: Path, root: str, *flags: str) -> "subprocess.Popen[str]":
+def start(
+    ray_head: RayHead, ready_mlflow: Path, folder: Path, root: str, *flags: str, job: str = "extract"
+) -> "subprocess.Popen[str]":
     """A job that goes on in the background, its output in files."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(ready_mlflow, folder / "mlflow.db")
     environment = {
         **ray_head.environment, "RAY_ADDRESS": ray_head.address, "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
     }  # fmt: skip
-    command = [sys.executable, str(ROOT / "jobs" / "extract.py"), "--root_dir", root, *flags]
+    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--root_dir", root, *flags]
     with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err, text=True)
 
@@ -121,6 +123,31 @@ def test_a_killed_driver_loses_only_what_was_not_committed(
     assert int(str(record(root)["units_by_earlier_runs"])) >= 1
     assert results(root) == undisturbed
     assert not bundles(root), "bundles go once the results are committed"
+
+
+def steer_results(root: Path) -> dict[str, bytes]:
+    folder = root / "eval_outputs" / "base" / "many"
+    tables = ["metrics.csv", "metrics_random.csv", "summary.json", "predictions.parquet", "errors.parquet"]
+    return {name: (folder / name).read_bytes() for name in tables}
+
+
+def test_a_killed_steering_goes_on_and_no_number_of_workers_matters(
+    ray_head: RayHead, ready_mlflow: Path, run_command: JobRunner, data: Path, tmp_path: Path
+) -> None:
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps(["one", "two", "three"]))
+    ranking = ["--rank_by", "image,random:2", "--predictions", "--commit_seconds", "0", "--topk", "5,50,all"]
+    flags = ["--dataset_name", "many", "--dataset_path", str(data), *golden_model_flags(), "--classnames", str(names), *ranking]
+    job = start(ray_head, ready_mlflow, tmp_path / "first", str(tmp_path / "killed"), *flags, job="steer")
+    wait_for(lambda: list(tmp_path.glob("killed/eval_outputs/base/many/bundles/*/*.bundle")))
+    job.send_signal(signal.SIGKILL)
+    job.wait(10)
+    resumed = run_command("steer", tmp_path / "killed", *flags, "--workers", "1")
+    assert resumed.code == 0, resumed.err
+    assert "units were done by earlier runs" in resumed.out
+    undisturbed = run_command("steer", tmp_path / "whole", *flags, "--workers", "3", "--decode_cpus", "0.25")
+    assert undisturbed.code == 0, undisturbed.err
+    assert steer_results(tmp_path / "killed") == steer_results(tmp_path / "whole")
 
 
 def test_two_drivers_at_once_make_one_result(

@@ -71,15 +71,20 @@ def test_sparse_decode_equals_dense() -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
+    images=st.integers(1, 3),
     tokens=st.integers(1, 6),
     latents=st.integers(2, 40),
     data=st.data(),
 )
-def test_masked_reconstructions_equal_mask_and_decode(seed: int, tokens: int, latents: int, data: st.DataObject) -> None:
-    sae, x = make_sae(8, latents, seed), residual(seed + 1, tokens, 8)
-    ranks = torch.randperm(latents, generator=torch.Generator().manual_seed(seed))
-    ks = torch.tensor(sorted(data.draw(st.sets(st.integers(1, latents), min_size=1, max_size=6))))
-    on, off = ops.masked_reconstructions(sae, ops.active_latents(sae, x[None]), ranks, ks)
+def test_masked_reconstructions_equal_mask_and_decode(
+    seed: int, images: int, tokens: int, latents: int, data: st.DataObject
+) -> None:
+    sae, x = make_sae(8, latents, seed), residual(seed + 1, images, tokens, 8)
+    generator = torch.Generator().manual_seed(seed)
+    ranks = torch.stack([torch.randperm(latents, generator=generator) for _ in range(images)])
+    # repeats, and numbers past the active ones and past the width, are allowed
+    ks = torch.tensor(sorted(data.draw(st.lists(st.integers(1, latents + 3), min_size=1, max_size=6))))
+    on, off = ops.masked_reconstructions(sae, ops.active_latents(sae, x), ranks, ks)
     plain_on, plain_off = ops.masked_reconstructions_plain(sae, x, ranks, ks)
     assert torch.allclose(on, plain_on, atol=1e-4)
     assert torch.allclose(off, plain_off, atol=1e-4)
@@ -87,7 +92,7 @@ def test_masked_reconstructions_equal_mask_and_decode(seed: int, tokens: int, la
 
 def test_bf16_products_stay_close_and_decode_in_float32() -> None:
     sae, x = make_sae(64, 200, 8), residual(9, 1, 5, 64)
-    ranks, ks = torch.randperm(200, generator=torch.Generator().manual_seed(0)), torch.tensor([20, 200])
+    ranks, ks = torch.randperm(200, generator=torch.Generator().manual_seed(0))[None], torch.tensor([20, 200])
     full = ops.masked_reconstructions(sae, ops.active_latents(sae, x), ranks, ks)
     low = make_sae(64, 200, 8).cast_encoder(torch.bfloat16)
     found = ops.masked_reconstructions(low, ops.active_latents(low, x.to(torch.bfloat16)), ranks, ks)
@@ -100,9 +105,22 @@ def test_no_active_latent_decodes_to_the_bias() -> None:
     sae = make_sae(8, 20, 5)
     sae.b_enc.fill_(-100)
     active = ops.active_latents(sae, residual(6, 1, 4, 8))
-    on, off = ops.masked_reconstructions(sae, active, torch.arange(20), torch.tensor([1, 20]))
-    assert torch.equal(on, sae.b_dec.expand(2, 4, 8))
+    on, off = ops.masked_reconstructions(sae, active, torch.arange(20)[None], torch.tensor([1, 20]))
+    assert torch.equal(on, sae.b_dec.expand(1, 2, 4, 8))
     assert torch.equal(off, on)
+
+
+@pytest.mark.parametrize("part", [slice(0, 5), slice(1, 5), slice(0, 1), slice(2, 4)])
+def test_active_latents_within_a_run_of_tokens(part: slice) -> None:
+    sae, x = make_sae(12, 50, 1), residual(2, 3, 5, 12)
+    inside = ops.active_latents(sae, x).within(5, part)
+    assert inside.num_tokens == 3 * (part.stop - part.start)
+    assert torch.allclose(ops.sparse_decode(sae, inside).view(3, -1, 12), sae.decode(sae.encode(x[:, part])), atol=1e-5)
+
+
+def test_image_means() -> None:
+    sae, x = make_sae(12, 50, 1), residual(2, 3, 5, 12)
+    assert torch.allclose(ops.active_latents(sae, x).image_means(3, 50), sae.encode(x).mean(dim=1), atol=1e-6)
 
 
 def test_initialisation_is_patchsaes() -> None:

@@ -1,0 +1,157 @@
+"""What a steering run writes: tables, summary, curve, and predictions on request."""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from patchsae_ray import figures
+from patchsae_ray.data.manifest import Manifest
+from patchsae_ray.errors import UserError
+from patchsae_ray.measure.masking import LEVEL, RESAMPLES, MaskingCurve, masked_settings, settings_of
+from patchsae_ray.measure.rankings import RANKINGS, Ranking
+from patchsae_ray.measure.steering import Predictions, SteeringSettings, SteeringTotals, prediction_columns
+from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet
+
+CURVE_FILE = "masking_curve.png"
+SUMMARY_FILE = "summary.json"
+PREDICTIONS_FILE = "predictions.parquet"
+MAX_PREDICTION_BYTES = 4 * 2**30
+"""Of all predictions, which the driver holds at the end."""
+
+Curves = dict[str, MaskingCurve]
+"""By the ranking's name."""
+
+
+def metrics_file(index: int, ranking: Ranking) -> str:
+    """The first ranking's table is metrics.csv, each other's metrics_{ranking}.csv."""
+    return "metrics.csv" if index == 0 else f"metrics_{ranking.name}.csv"
+
+
+def output_names(steering: SteeringSettings) -> list[str]:
+    """The files that the run will have written."""
+    tables = [metrics_file(index, ranking) for index, ranking in enumerate(steering.rankings)]
+    return [*tables, SUMMARY_FILE, CURVE_FILE, ERRORS_FILE, *([PREDICTIONS_FILE] if steering.predictions else [])]
+
+
+def check_predictions_fit(num_images: int, rankings: Sequence[Ranking], ks: Sequence[int]) -> None:
+    """Predictions are gathered on the driver, so there is a limit to them.
+
+    Raises: UserError past MAX_PREDICTION_BYTES.
+    """
+    columns = 1 + 2 * len(ks) * sum(ranking.orders for ranking in rankings)
+    most = MAX_PREDICTION_BYTES // (8 * columns)
+    if num_images > most:
+        raise UserError(
+            f"--predictions of {num_images:,} images under {columns} settings do not fit; "
+            f"{most:,} images would, or fewer values of --topk or rankings of --rank_by"
+        )
+
+
+def summarise(
+    totals: SteeringTotals, steering: SteeringSettings, manifest: Manifest, seed: int
+) -> tuple[dict[str, Any], Curves]:
+    """What summary.json holds, and the curves that it is made of."""
+    curves = {ranking.name: totals.accuracy[ranking.name].curve(seed) for ranking in steering.rankings}
+    first = curves[steering.rankings[0].name]
+    names = settings_of(steering.ks)
+    images = totals.accuracy[steering.rankings[0].name].images
+    return {
+        "images": int(images.sum()),
+        "classes": manifest.num_classes,
+        "classes_with_images": int((images > 0).sum()),
+        "ks": list(steering.ks),
+        "intervene": steering.intervene,
+        "error_term": steering.error_term,
+        "output_offset": steering.output_offset,
+        "intervals": f"{100 * LEVEL:g} %, percentile bootstrap over images within classes, {RESAMPLES} resamples, seed {seed}",
+        "no_sae": _row(first, 0, with_change=False),
+        "rankings": {
+            ranking.name: {
+                "ranked_by": RANKINGS[ranking.name],
+                "orders": ranking.orders,
+                "table": metrics_file(index, ranking),
+                "settings": {name: _row(curves[ranking.name], row) for row, name in enumerate(names) if row},
+            }
+            for index, ranking in enumerate(steering.rankings)
+        },
+    }, curves
+
+
+def _row(curve: MaskingCurve, row: int, with_change: bool = True) -> dict[str, dict[str, float]]:
+    found = {}
+    for field in fields(curve):
+        if with_change or field.name != "change":
+            value, low, high = (round(float(number), 6) for number in getattr(curve, field.name)[row])
+            found[field.name] = {"percent": value, "low": low, "high": high}
+    return found
+
+
+def with_interval(row: dict[str, dict[str, float]]) -> str:
+    """A row of summary.json, averaged over classes, as text."""
+    found = row["mean_over_classes"]
+    return f"{found['percent']:6.2f} % ({found['low']:.2f} to {found['high']:.2f})"
+
+
+def steering_metrics(summary: dict[str, Any]) -> dict[str, float]:
+    """For MLflow: accuracy_no_sae, accuracy_{ranking}_on_1 and so on, means over classes, with _low and _high."""
+    metrics: dict[str, float] = {"images": summary["images"]}
+
+    def put(name: str, found: dict[str, float]) -> None:
+        metrics.update({name: found["percent"], f"{name}_low": found["low"], f"{name}_high": found["high"]})
+
+    put("accuracy_no_sae", summary["no_sae"]["mean_over_classes"])
+    for ranking, of_ranking in summary["rankings"].items():
+        for setting, found in of_ranking["settings"].items():
+            put(f"accuracy_{ranking}_{setting}", found["mean_over_classes"])
+    return metrics
+
+
+def result_files(
+    steering: SteeringSettings, manifest: Manifest, totals: SteeringTotals, curves: Curves, summary: dict[str, Any],
+    bad: list[tuple[int, str, str]], seed: int,
+) -> dict[str, bytes]:  # fmt: skip
+    """File name → content."""
+    files = {
+        metrics_file(index, ranking): totals.accuracy[ranking.name].table(steering.ks).to_csv().encode()
+        for index, ranking in enumerate(steering.rankings)
+    }
+    files[SUMMARY_FILE] = (json.dumps(summary, indent=1) + "\n").encode()
+    files[CURVE_FILE] = figures.masking_curve(steering.ks, steering.rankings, curves, manifest.num_classes)
+    files[ERRORS_FILE] = errors_parquet(bad)
+    if steering.predictions:
+        predictions = totals.predictions()
+        columns = prediction_columns(steering.rankings, masked_settings(steering.ks), seed)
+        assert predictions is not None
+        files[PREDICTIONS_FILE] = predictions_parquet(predictions, columns, manifest)
+    return files
+
+
+def predictions_parquet(predictions: Predictions, columns: Sequence[str], manifest: Manifest) -> bytes:
+    """A row an image: position, path, true class, then predicted class and margin under each setting."""
+    table: dict[str, Any] = {
+        "position": predictions.positions,
+        "path": _paths(manifest, predictions.positions),
+        "label": predictions.labels,
+    }
+    for index, column in enumerate(columns):
+        table[column] = predictions.classes[:, index]
+        table[f"{column}_margin"] = predictions.margins[:, index]
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(table), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _paths(manifest: Manifest, positions: np.ndarray) -> list[str]:
+    """A name for each of the images at ascending positions."""
+    found: list[str] = []
+    for unit in manifest.units:
+        low, high = np.searchsorted(positions, [unit.start, unit.start + unit.count])
+        names = manifest.paths(unit)
+        found += [names[position - unit.start] for position in positions[low:high].tolist()]
+    return found
