@@ -110,7 +110,7 @@ def masking_curve(
             colour, marker, words = RANKING_LINES[ranking.name]
             value, low, high = curves[ranking.name].mean_over_classes[1 + panel :: 2].T
             label = f"{words}, mean of {ranking.orders}" if ranking.orders > 1 else words
-            axes.fill_between(ks, low, high, color=colour, alpha=0.22, linewidth=0)
+            axes.fill_between(ks, low, high, color=colour, alpha=0.16, linewidth=0)
             axes.plot(ks, value, color=colour, marker=marker, markersize=4, linewidth=1.4, label=label)
         untouched, low, high = curves[rankings[0].name].mean_over_classes[0]
         axes.axhspan(low, high, color="0.3", alpha=0.12, linewidth=0)

@@ -188,9 +188,7 @@ def test_class_counts_of_another_kind(refused: Refused, tmp_path: Path) -> None:
     refused("steer", [*flags, whole, "--rank_by", "class,random:0"], "--rank_by 'random:0': random:N with N from 1")
     refused("steer", [*flags, whole, "--rank_by", "random:3,image"], "--cls_wise_sae_activation_path has no use")
     refused("steer", flags[:-1], "--cls_wise_sae_activation_path is needed for --rank_by class")
-    refused(
-        "steer", [*flags, whole, "--intervene", "patches"], "--intervene patches: one of all, image, patch, cls would"
-    )
+    refused("steer", [*flags, whole, "--intervene", "patches"], "--intervene patches: one of all, image, patch, cls would")
     refused("steer", [*flags, whole, "--error_term", "subtract"], "--error_term subtract: one of none, add would be right")
     negative = counts_file(tmp_path / "negative", np.full((1024, 6), np.nan))
     refused("steer", [*flags, negative], "holds numbers below 0, or none at all")
