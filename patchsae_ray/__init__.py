@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchsae_ray.backbone.clip import load_backbone
+    from patchsae_ray.backbone.adapter import load_backbone
     from patchsae_ray.sae.checkpoint import load_sae
 
 __all__ = ["load_backbone", "load_sae"]
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "load_backbone":
-        from patchsae_ray.backbone.clip import load_backbone
+        from patchsae_ray.backbone.adapter import load_backbone
 
         return load_backbone
     if name == "load_sae":

@@ -1,12 +1,16 @@
 """The choices by name that settings and the rooms behind them share."""
 
+import pkgutil
+from pathlib import Path
 from typing import Literal
 
-VitType = Literal["base", "maple"]
+VIT_TYPES = tuple(sorted(found.name for found in pkgutil.iter_modules([str(Path(__file__).parent / "backbone" / "adapters")])))
+"""base, and the adapters that are there, by their files; none is imported for it."""
+
 Tokens = Literal["all", "image", "patch", "cls"]
 Device = Literal["auto", "cpu", "cuda"]
 ErrorTerm = Literal["none", "add"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 BDecInit = Literal["geometric_median", "mean", "zeros"]
 Schedules = Literal[
     "constant",

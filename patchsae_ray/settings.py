@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from patchsae_ray.errors import UserError
-from patchsae_ray.names import BDecInit, Device, ErrorTerm, Precision, Schedules, Tokens, VitType
+from patchsae_ray.names import VIT_TYPES, BDecInit, Device, ErrorTerm, Precision, Schedules, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +85,12 @@ class DataSettings(RunSettings):
 class ModelSettings(DataSettings):
     """Which CLIP, and how it runs."""
 
-    vit_type: VitType = "base"
-    """Plain CLIP, or CLIP adapted with MaPLe."""
+    vit_type: str = "base"
+    """base for plain CLIP, or the adapter of an adapted one: maple."""
     model_path: str | None = None
-    """MaPLe checkpoint (model.pth.tar-E), with --vit_type maple."""
+    """The adapter's checkpoint (MaPLe's model.pth.tar-E), with another --vit_type than base."""
     config_path: str | None = None
-    """MaPLe config (yaml), with --vit_type maple."""
+    """The adapter's settings (MaPLe's yaml), with another --vit_type than base."""
     backbone: str | None = None
     """open_clip model name or JSON model config; default: the SAE checkpoint's, or for training the data set's or ViT-B-16."""
     clip_weights: str | None = None
@@ -102,7 +102,12 @@ class ModelSettings(DataSettings):
     device: Device = "auto"
     """Where the model runs; auto takes the cluster's GPUs if it has any."""
     precision: Precision = "auto"
-    """Of CLIP and the SAE's products; auto is bf16 on a GPU and fp32 on a CPU."""
+    """Of CLIP and the SAE's products (fp32, bf16, fp16); auto is bf16 on a GPU and fp32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vit_type not in VIT_TYPES:
+            raise UserError(f"--vit_type {self.vit_type}: one of {', '.join(VIT_TYPES)} would be right")
 
 
 @dataclass(frozen=True, kw_only=True)

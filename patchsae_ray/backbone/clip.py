@@ -12,7 +12,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from patchsae_ray.backbone.config import BackboneConfig, resolve
+from patchsae_ray.backbone.config import BackboneConfig
 from patchsae_ray.backbone.weights import StateDict
 from patchsae_ray.errors import UserError, first_line
 from patchsae_ray.names import Tokens
@@ -95,9 +95,18 @@ class Backbone(nn.Module):
         return torch.cat([self._blocks_to_hook(part) for part in pixels.split(images)])
 
     def _blocks_to_hook(self, pixels: Tensor) -> Tensor:
-        x = self.visual._embeds(self._normalise(pixels))
-        for block in self.visual.transformer.resblocks[: self.hook_block + 1]:
-            x = block(x)
+        x = self._embed(self._normalise(pixels))
+        for index, block in enumerate(self.visual.transformer.resblocks[: self.hook_block + 1]):
+            x = block(self._before_block(index, x))
+        return x
+
+    def _embed(self, normalised: Tensor) -> Tensor:
+        """Normalised pixels [n, 3, h, w] → tokens before the first block [n, t, d]; an adapted tower may add some."""
+        x: Tensor = self.visual._embeds(normalised)
+        return x
+
+    def _before_block(self, index: int, x: Tensor) -> Tensor:
+        """What a block is given, from what the one before it gave; an adapted tower may change it."""
         return x
 
     @torch.inference_mode()
@@ -118,6 +127,7 @@ class Backbone(nn.Module):
         blocks = self.visual.transformer.resblocks
         for index in range(self.hook_block + 1, len(blocks)):
             last = index == len(blocks) - 1
+            x = self._before_block(index, x)
             x = _cls_row(blocks[index], x) if last and self._reads_cls_alone(blocks[index]) else blocks[index](x)
         pooled, _ = self.visual._pool(x)
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
@@ -247,23 +257,3 @@ def _rebuild_buffer(model: nn.Module, name: str, buffer: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     mask = torch.full(buffer.shape, float("-inf")).triu_(1)
     model.get_submodule(owner).register_buffer(leaf, mask, persistent=False)
-
-
-def load_backbone(
-    name: str = "demo",
-    clip_weights: str | None = None,
-    block_layer: int = DEFAULT_BLOCK_LAYER,
-    device: str | torch.device = "cpu",
-) -> Backbone:
-    """A frozen backbone by open_clip name, JSON model config or `demo`, in float32.
-
-    Args:
-        name: `--backbone`.
-        clip_weights: `--clip_weights`: an open_clip tag or a path; not needed for `demo`.
-        block_layer: the block after which the hook sits.
-        device: where it runs.
-
-    Raises: UserError for whatever is wrong with the name, the weights or the layer.
-    """
-    config, weights = resolve(name, clip_weights)
-    return Backbone(build_vision(config, weights.state_dict), config, block_layer).to(device)

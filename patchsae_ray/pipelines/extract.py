@@ -194,16 +194,11 @@ def _counts_files(settings: ClassLatentsSettings, latents: LatentResult) -> dict
     return {counts_file(index, threshold): npy_bytes(latents.class_counts[index]) for index, threshold in thresholds}
 
 
-def _type_names(settings: ClassLatentsSettings, inputs: Inputs) -> tuple[str, ...]:
-    """The types among the tokens measured, as `Backbone.token_types` names them."""
-    return {"all": ("cls", "patch"), "image": ("cls", "patch"), "patch": ("patch",), "cls": ("cls",)}[settings.tokens]
-
-
 def _outputs(settings: ExtractSettings, inputs: Inputs, identity: dict[str, Any]) -> dict[str, str]:
     """File → the key of just what it depends on, so that another figure or sample leaves the numbers valid."""
     numbers = _numbers_key(identity)
     tops = run_key({"numbers": numbers, "top_k": settings.top_k})
-    by_type = [name.replace(".pt", f"_{kind}.pt") for kind in _type_names(settings, inputs) for name in _MEAN_FILES]
+    by_type = [name.replace(".pt", f"_{kind}.pt") for kind in inputs.model.token_types(settings.tokens) for name in _MEAN_FILES]
     outputs = {**dict.fromkeys(_TOP_FILES, tops), **dict.fromkeys((*_MEAN_FILES, *by_type, HISTOGRAM_FILE), numbers)}
     if inputs.manifest.labelled:
         outputs[TOP_LABELS_FILE] = tops
@@ -219,7 +214,9 @@ def _files(settings: ExtractSettings, found: LatentPass, inputs: Inputs) -> dict
     latents, top, manifest = found.latents, found.latents.top, inputs.manifest
     contents = (top.positions, top.values, latents.mean_acts, latents.sparsity)
     files = {name: tensor_bytes(tensor) for name, tensor in zip((*_TOP_FILES, *_MEAN_FILES), contents, strict=True)}
-    for kind, *tensors in zip(_type_names(settings, inputs), latents.mean_acts_by_type, latents.sparsity_by_type, strict=True):
+    for kind, *tensors in zip(
+        inputs.model.token_types(settings.tokens), latents.mean_acts_by_type, latents.sparsity_by_type, strict=True
+    ):
         for name, tensor in zip(_MEAN_FILES, tensors, strict=True):
             files[name.replace(".pt", f"_{kind}.pt")] = tensor_bytes(tensor.clone())
     files[HISTOGRAM_FILE] = npy_bytes(latents.histogram)

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from patchsae_ray.backbone.adapter import Adapter, AdapterFiles, read_adapter
 from patchsae_ray.backbone.clip import (
     DEFAULT_BLOCK_LAYER,
     Backbone,
-    build_vision,
     check_weights,
     resolve_block,
     vision_state,
@@ -20,6 +20,7 @@ from patchsae_ray.backbone.weights import StateDict, state_digest
 from patchsae_ray.data.catalog import find_entry, open_dataset
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
+from patchsae_ray.names import Tokens
 from patchsae_ray.sae.checkpoint import SaeCheckpoint, read_checkpoint
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.settings import ModelSettings, SaeSettings
@@ -37,13 +38,14 @@ class PortableModel:
     vision: dict[str, np.ndarray]
     block_layer: int
     precision: str
+    adapter: Adapter
     sae: dict[str, np.ndarray] | None = None
 
     def build_backbone(self, device: str) -> Backbone:
         """The frozen tower on a device, in this run's precision."""
         torch.backends.cudnn.allow_tf32 = self.precision != "fp32"  # on by default, and not float32
-        visual = build_vision(self.config, _tensors(self.vision))
-        return Backbone(visual, self.config, self.block_layer).cast(dtype_of(self.precision)).to(device)
+        backbone = self.adapter.backbone(self.config, _tensors(self.vision), self.block_layer)
+        return backbone.cast(dtype_of(self.precision)).to(device)
 
     def build_sae(self, device: str) -> SparseAutoencoder:
         """The autoencoder on a device, its encoder's product in this run's precision."""
@@ -63,6 +65,7 @@ class LoadedModel:
     """Position of the hook's block from the front."""
     clip_digest: str
     checkpoint: SaeCheckpoint | None
+    adapter: Adapter
 
     @property
     def autoencoder(self) -> SparseAutoencoder:
@@ -77,7 +80,12 @@ class LoadedModel:
         if self.checkpoint is not None:
             sae = {name: value.numpy() for name, value in self.checkpoint.sae.state_dict().items()}
         vision = {name: value.numpy() for name, value in vision_state(self.state_dict).items()}
-        return PortableModel(self.config, vision, self.block_layer, precision, sae)
+        return PortableModel(self.config, vision, self.block_layer, precision, self.adapter, sae)
+
+    def token_types(self, tokens: Tokens) -> tuple[str, ...]:
+        """The types among the tokens that `tokens` means, as `Backbone.token_types` names them."""
+        prompts = ("prompt",) if self.adapter.num_prompt_tokens else ()
+        return {"all": ("cls", "patch", *prompts), "image": ("cls", "patch"), "patch": ("patch",), "cls": ("cls",)}[tokens]
 
     def identity(self, precision: str) -> dict[str, Any]:
         """What a result depends on, of the model."""
@@ -88,7 +96,7 @@ class LoadedModel:
             "block_layer": self.block_layer,
             "preprocessing": f"shortest-bicubic-floor-crop-{size} mean{mean} std{std}",
             "precision": precision,
-            "vit_type": "base",
+            **self.adapter.identity(),
         }
         return found if self.checkpoint is None else {**found, "sae": self.checkpoint.digest}
 
@@ -122,10 +130,6 @@ def load_model(settings: ModelSettings, text: bool = False) -> LoadedModel:
 
     Raises: UserError where something is missing, or the SAE does not belong to the CLIP or the layer.
     """
-    if settings.vit_type == "maple":
-        raise UserError("--vit_type maple: not built yet; base would be right")
-    if settings.model_path or settings.config_path:
-        raise UserError("--model_path and --config_path go with --vit_type maple")
     checkpoint = read_checkpoint(settings.sae_path) if isinstance(settings, SaeSettings) else None
     name, weights_source = _backbone_name(settings, checkpoint)
     config, weights = resolve(name, weights_source)
@@ -136,11 +140,15 @@ def load_model(settings: ModelSettings, text: bool = False) -> LoadedModel:
         )
     block_layer = _hook(settings, checkpoint, config.layers)
     check_weights(config, weights.state_dict, text)
+    files = AdapterFiles(settings.vit_type, settings.model_path, settings.config_path)
+    adapter = read_adapter(files, config, weights.state_dict)
+    if adapter.describe():
+        log.info("adapted with %s", adapter.describe())
     digest = state_digest(weights.state_dict)
     trained_on = checkpoint.config.get("clip_digest") if checkpoint else None
     if checkpoint and trained_on and trained_on != digest:
         log.warning("%s was trained on other CLIP weights than %s", checkpoint.path, weights.source)
-    return LoadedModel(config, weights.state_dict, block_layer, digest, checkpoint)
+    return LoadedModel(config, weights.state_dict, block_layer, digest, checkpoint, adapter)
 
 
 def _backbone_name(settings: ModelSettings, checkpoint: SaeCheckpoint | None) -> tuple[str, str | None]:
@@ -173,8 +181,8 @@ def _hook(settings: ModelSettings, checkpoint: SaeCheckpoint | None, layers: int
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """fp32 or bf16 as torch's dtype."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    """fp32, bf16 or fp16 as torch's dtype."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def _tensors(arrays: dict[str, np.ndarray]) -> StateDict:

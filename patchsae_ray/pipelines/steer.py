@@ -8,7 +8,6 @@ import numpy as np
 import ray
 
 from patchsae_ray import storage
-from patchsae_ray.backbone.zero_shot import OPENAI_IMAGENET_TEMPLATES
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.rankings import Ranking, parse_rankings
 from patchsae_ray.measure.steering import SteeringSettings, SteeringTotals
@@ -141,11 +140,10 @@ def run_steering(settings: SteerSettings, inputs: SteerInputs, session: Session)
     Raises: UserError past `--max_bad_fraction`, or where the pass cannot go on.
     """
     manifest, plan = inputs.manifest, session.plan
-    prompts = len(OPENAI_IMAGENET_TEMPLATES) * len(manifest.classnames)
-    log.info("steer: classifier from %s prompts", f"{prompts:,}")
+    log.info("steer: classifier of %s classes", f"{len(manifest.classnames):,}")
     remote = ray.remote(classifier_rows).options(num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus)
     weights = {name: value.numpy() for name, value in inputs.model.state_dict.items()}
-    classifier = ray.get(remote.remote(inputs.model.config, weights, manifest.classnames, plan))
+    classifier = ray.get(remote.remote(inputs.model.config, weights, inputs.model.adapter, manifest.classnames, plan))
     steering = inputs.steering
     names = [f"{ranking.orders} {ranking.name}" if ranking.orders > 1 else ranking.name for ranking in steering.rankings]
     log.info("steer: %d values of k, ranked by %s", len(steering.ks), ", ".join(names))
@@ -170,7 +168,7 @@ def _identity(settings: SteerSettings, inputs: SteerInputs, precision: str) -> d
         **inputs.model.identity(precision),
         "manifest": inputs.manifest.digest,
         "classnames": list(inputs.manifest.classnames),
-        "templates": storage.digest(OPENAI_IMAGENET_TEMPLATES),
+        **inputs.model.adapter.text_identity(),
         **({} if counts is None else {"counts": storage.digest([np.ascontiguousarray(counts, dtype=np.float64)])}),
         **{name: value for name, value in steering.items() if name != "rankings"},
         "rank_by": ",".join(rankings),

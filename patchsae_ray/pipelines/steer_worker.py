@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from patchsae_ray.backbone.adapter import Adapter
 from patchsae_ray.backbone.clip import build_clip
 from patchsae_ray.backbone.config import BackboneConfig
-from patchsae_ray.backbone.zero_shot import text_embeddings
 from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.measure.arrays import Arrays
 from patchsae_ray.measure.rankings import Ranker
@@ -18,12 +18,12 @@ from patchsae_ray.pipelines.model import PortableModel
 
 
 def classifier_rows(
-    config: BackboneConfig, weights: dict[str, np.ndarray], classnames: tuple[str, ...], plan: Plan
+    config: BackboneConfig, weights: dict[str, np.ndarray], adapter: Adapter, classnames: tuple[str, ...], plan: Plan
 ) -> np.ndarray:
-    """Zero-shot classifier [c, e] float32 from OpenAI's 80 templates; run as a Ray task where the plan's device is."""
+    """Zero-shot classifier [c, e] float32 of plain or adapted CLIP; run as a Ray task where the plan's device is."""
     torch.set_num_threads(plan.threads)
     clip = build_clip(config, {name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
-    return text_embeddings(clip.to(plan.device), config, classnames).cpu().numpy()
+    return adapter.classifier(clip.to(plan.device), config, classnames).cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,12 @@ from torch import Tensor
 from patchsae_ray import storage
 from patchsae_ray.backbone.weights import state_digest
 from patchsae_ray.errors import UserError, first_line
+from patchsae_ray.inert import StandIn, load_inert
 from patchsae_ray.sae.model import SparseAutoencoder
 
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 _CONFIG_CLASS = re.compile(r"src\.sae_training\.config\.\w*Config")
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
-
-
-class ConfigStandIn:
-    """What a pickled PatchSAE config object becomes: its attributes and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -108,22 +105,11 @@ def _read_safetensors(path: str, data: bytes) -> tuple[dict[str, Any], dict[str,
 
 
 def _read_torch(path: str, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    try:
-        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-    except Exception as error:  # torch raises many types for a damaged file
-        raise UserError(f"{path} is not a whole torch checkpoint: {first_line(error)}") from error
-    foreign = [name for name in wanted if not _CONFIG_CLASS.fullmatch(name)]
-    if foreign:
-        raise UserError(f"{path} would run {foreign[0]} when unpickled; only tensors and PatchSAE's config are read")
-    try:
-        with torch.serialization.safe_globals([(ConfigStandIn, name) for name in wanted]):
-            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
+    loaded = load_inert(path, data, lambda name: bool(_CONFIG_CLASS.fullmatch(name)), "tensors and PatchSAE's config")
     if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
         raise UserError(f"{path} is no SAE checkpoint: it has no 'state_dict'")
     config = loaded.get("cfg", loaded.get("config", {}))
-    if not isinstance(config, (dict, ConfigStandIn)):
+    if not isinstance(config, (dict, StandIn)):
         raise UserError(f"{path}: its cfg is {type(config).__name__}, a mapping or PatchSAE's config would be right")
     return dict(config if isinstance(config, dict) else vars(config)), loaded["state_dict"]
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from patchsae_ray.backbone.clip import Backbone, build_clip, load_backbone
+from patchsae_ray.backbone.adapter import load_backbone
+from patchsae_ray.backbone.clip import Backbone, build_clip
 from patchsae_ray.backbone.config import resolve
 from patchsae_ray.backbone.zero_shot import text_embeddings
 from patchsae_ray.data.catalog import open_dataset

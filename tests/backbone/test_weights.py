@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from patchsae_ray.backbone import config as config_module
-from patchsae_ray.backbone.clip import load_backbone
+from patchsae_ray.backbone.adapter import load_backbone
 from patchsae_ray.backbone.config import resolve, strip_openai
 from patchsae_ray.backbone.weights import StateDict, read_weights, state_digest
 from patchsae_ray.errors import UserError

@@ -8,7 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from patchsae_ray.backbone.clip import Backbone, load_backbone
+from patchsae_ray.backbone.adapter import load_backbone
+from patchsae_ray.backbone.clip import Backbone
 from patchsae_ray.data.catalog import open_dataset
 from patchsae_ray.data.units import DecodedUnit, decode_unit
 from patchsae_ray.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from patchsae_ray.backbone.clip import load_backbone
+from patchsae_ray.backbone.adapter import load_backbone
 from patchsae_ray.sae.checkpoint import safetensors_bytes
 from patchsae_ray.sae.model import SparseAutoencoder, initialise
 from tests.conftest import JobRunner

@@ -1,0 +1,53 @@
+"""Checkpoints from elsewhere, read without running anything of theirs.
+
+torch's `weights_only` unpickler builds tensors and plain values; every other class that a file names, if it is expected at
+all, becomes an inert stand-in. Nothing is imported and nothing is called.
+"""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from patchsae_ray.errors import UserError, first_line
+
+
+class StandIn:
+    """What an object of a foreign class becomes: its attributes, where it has plain ones, and nothing else."""
+
+    def __new__(cls, *arguments: Any, **options: Any) -> "StandIn":
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """Arguments are dropped."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+def load_inert(path: str, data: bytes, expected: Callable[[str], bool], what: str) -> Any:
+    """A torch checkpoint's content, objects of expected classes as stand-ins.
+
+    Args:
+        path: for the messages.
+        data: the file's bytes.
+        expected: whether a class, by its full name, may be in the file.
+        what: what is read of such a file, for the message.
+
+    Raises: UserError where the file is damaged, or names a class that is not expected.
+    """
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+    except Exception as error:  # torch raises many types for a damaged file
+        raise UserError(f"{path} is not a whole torch checkpoint: {first_line(error)}") from error
+    foreign = [name for name in named if not expected(name)]
+    if foreign:
+        raise UserError(f"{path} would run {foreign[0]} when unpickled; only {what} are read")
+    try:
+        with torch.serialization.safe_globals([(StandIn, name) for name in named]):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = error.__context__ or error  # torch wraps what went wrong in advice
+        raise UserError(f"{path} cannot be read as a checkpoint: {first_line(reason)}") from error
