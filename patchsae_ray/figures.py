@@ -44,7 +44,7 @@ def top_images(result: LatentResult, manifest: Manifest, num_latents: int) -> by
             position = int(top.positions[latent, column])
             if position in pictures:
                 axes[row][column].imshow(pictures[position])
-                axes[row][column].set_title(_class_name(manifest, int(top.labels[latent, column])), fontsize=7, pad=2)
+                axes[row][column].set_title(_label_name(manifest, int(top.labels[latent, column])), fontsize=7, pad=2)
     figure.subplots_adjust(
         left=1.35 / (columns + 1.6),
         right=0.995,
@@ -53,7 +53,7 @@ def top_images(result: LatentResult, manifest: Manifest, num_latents: int) -> by
         hspace=0.28,
         wspace=0.06,
     )
-    return _png(figure)
+    return png(figure)
 
 
 def _choose(result: LatentResult, num_latents: int) -> list[int]:
@@ -63,11 +63,15 @@ def _choose(result: LatentResult, num_latents: int) -> list[int]:
     return [int(latent) for latent in order if score[latent] > 0]
 
 
-def _class_name(manifest: Manifest, label: int) -> str:
+def _label_name(manifest: Manifest, label: int) -> str:
     if label < 0:
         return ""
-    name = manifest.classnames[label] if label < len(manifest.classnames) else str(label)
-    return name if len(name) <= 14 else name[:13] + "…"
+    return class_name(manifest.classnames[label] if label < len(manifest.classnames) else str(label))
+
+
+def class_name(name: str, longest: int = 14) -> str:
+    """A class's name, cut where it is too long for its place."""
+    return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
 def thumbnails(manifest: Manifest, positions: set[int]) -> dict[int, np.ndarray]:
@@ -87,6 +91,7 @@ RANKING_LINES = {
     "random": ("#666666", "D", "in random order"),
     "image": ("#009e73", "^", "ranked by the image itself"),
     "predicted": ("#cc79a7", "v", "ranked by the predicted class"),
+    "cross": ("#d55e00", "P", "ranked by the other model's counts"),
 }
 """Colour (Okabe and Ito's, told apart by colour-blind readers too), marker and words of each ranking's line."""
 
@@ -117,7 +122,7 @@ def masking_curve(
         axes.axhline(untouched, color="0.2", linestyle="--", linewidth=1, label="without the SAE")
         axes.axhline(100 / num_classes, color="0.6", linestyle=":", linewidth=1, label="chance")
         axes.set_xscale("log")
-        axes.set_xticks(_apart(ks), [f"{k:,}" for k in _apart(ks)])
+        axes.set_xticks(apart(ks), [f"{k:,}" for k in apart(ks)])
         axes.minorticks_off()
         axes.grid(axis="y", color="0.92", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -127,10 +132,10 @@ def masking_curve(
     panels[0].set_ylabel("zero-shot accuracy, mean over classes, %")
     lines, labels = panels[0].get_legend_handles_labels()
     figure.legend(lines, labels, frameon=False, fontsize=8, loc="outside lower center", ncols=min(4, len(labels)))
-    return _png(figure)
+    return png(figure)
 
 
-def _apart(ks: Sequence[int]) -> list[int]:
+def apart(ks: Sequence[int]) -> list[int]:
     """The values of k whose labels do not run into each other on a log axis; the last is always among them."""
     gap = (ks[-1] / ks[0]) ** (1 / 16)
     kept = [ks[0]]
@@ -142,7 +147,8 @@ def _apart(ks: Sequence[int]) -> list[int]:
     return kept
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a file's bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

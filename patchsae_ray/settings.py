@@ -43,7 +43,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "batch_size": (1, math.inf),
     "dead_feature_window": (1, math.inf),
     "expansion_factor": (1, math.inf),
+    "example_latents": (0, 32),
     "figure_latents": (0, 64),
+    "high_k": (1, math.inf),
     "l1_coefficient": (0, math.inf),
     "lr": (0, math.inf),
     "lr_warm_up_steps": (0, math.inf),
@@ -249,13 +251,15 @@ class SteerSettings(SaeSettings):
 
     cls_wise_sae_activation_path: str = ""
     """cls_sae_cnt.npy, this run's or another's (an adapted CLIP's, say); needed to rank by class, dataset or predicted."""
+    cross_counts: str = ""
+    """Another model's cls_sae_cnt.npy, with --rank_by cross: plain CLIP's where an adapted one is steered, or the reverse."""
     counts_orientation: Literal["auto", "latents_first", "classes_first"] = "auto"
     """Which axis of the counts is which; auto tells (latents, classes) from the released (classes, latents) by their sizes."""
     topk: str = "1,2,5,10,50,100,500,1000,2000,all"
     """Numbers of latents kept (on) and removed (off); `all` is the SAE's width."""
     rank_by: str = "class,dataset,random:5"
     """Orders of the latents: class (counts of the image's class), dataset (of all classes), random:N (N orders, shared by all
-    images), image (its own mean activations), predicted (counts of the class that CLIP predicts); the first is metrics.csv."""
+    images), image (its own mean activations), predicted (counts of the class that CLIP predicts), cross (of --cross_counts)."""
     intervene: Tokens = "all"
     """Tokens whose residual is replaced: all, image (CLS and patches), patch, or cls."""
     error_term: ErrorTerm = "none"
@@ -266,6 +270,35 @@ class SteerSettings(SaeSettings):
     """Write predictions.parquet too: each image's predicted class and margin under each setting."""
     seed: int = 42
     """Of the first random order (the next ones count on) and of the intervals' resamples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(RunSettings):
+    """Compare plain CLIP with an adapted one, from their finished runs of extract and steer."""
+
+    dataset_name: str = "demo"
+    """Data set of the runs, as in their output paths."""
+    vit_type: str = "maple"
+    """The adapter of the adapted CLIP's runs under --root_dir."""
+    base_root_dir: str | None = None
+    """Root of plain CLIP's runs, where it is another than --root_dir."""
+    classes: Literal["all", "base", "novel"] = "all"
+    """Which classes: all, or the base (first) or novel half of them, each classified among its own."""
+    high_k: int = 50
+    """A latent is high where its count is at least the smaller of both models' high_k-th largest counts of the class."""
+    low_k: int = 100
+    """A latent is low where its count is below the smaller of both models' low_k-th largest."""
+    example_latents: int = 6
+    """Latents shown with their top images, of those that fell and of those that rose."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_folder_name("dataset_name", self.dataset_name)
+        adapters = [name for name in VIT_TYPES if name != "base"]
+        if self.vit_type not in adapters:
+            raise UserError(f"--vit_type {self.vit_type}: an adapter would be right: {', '.join(adapters)}")
+        if self.low_k < self.high_k:
+            raise UserError(f"--low_k {self.low_k}: at least --high_k, {self.high_k}, would be right")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,12 @@ LEVEL = 0.95
 _CLASSES_AT_ONCE = 256
 
 
+def halves_of(num_classes: int) -> dict[str, slice]:
+    """Base classes, the first half, and novel ones, the rest; the middle one of an odd number is a base class."""
+    middle = -(-num_classes // 2)
+    return {"base": slice(0, middle), "novel": slice(middle, num_classes)}
+
+
 def masked_settings(ks: Sequence[int]) -> list[str]:
     """on_1, off_1, on_2, off_2, …"""
     return [f"{switch}_{k}" for k in ks for switch in ("on", "off")]
@@ -61,6 +67,10 @@ class MaskingAccuracy:
         """
         settings = np.arange(len(self.counts))[None, :]
         np.add.at(self.counts, (settings, labels[:, None], right_without.astype(np.int64)[:, None], right), 1)
+
+    def only(self, classes: slice) -> "MaskingAccuracy":
+        """The same of some of the classes."""
+        return MaskingAccuracy.from_arrays({"counts": self.counts[:, classes]})
 
     def merge(self, other: "MaskingAccuracy") -> None:
         """Take in another's images."""

@@ -19,6 +19,7 @@ RANKINGS = {
     "random": "random orders, shared by all images",
     "image": "the image's own mean activations",
     "predicted": "counts of the class that CLIP predicts without the SAE",
+    "cross": "another model's counts of the image's class",
 }
 _BY_COUNTS = ("class", "dataset", "predicted")
 MAX_ORDERS = 100
@@ -64,13 +65,16 @@ class Ranker:
 
     Args:
         counts: class counts [s, c], or None where no ranking needs them.
+        cross: another model's, for the ranking `cross`.
         num_latents: s.
         seed: of the first random order; the next takes the next seed.
         device: where the places are wanted.
     """
 
-    def __init__(self, counts: np.ndarray | None, num_latents: int, seed: int, device: str) -> None:
-        self._counts, self._num_latents, self._seed, self._device = counts, num_latents, seed, device
+    def __init__(
+        self, counts: np.ndarray | None, num_latents: int, seed: int, device: str, cross: np.ndarray | None = None
+    ) -> None:
+        self._counts, self._cross, self._num_latents, self._seed, self._device = counts, cross, num_latents, seed, device
         self._of_class = lru_cache(maxsize=max(16, CACHE_BYTES // (8 * num_latents)))(self._make_of_class)
         self._of_dataset = lru_cache(maxsize=1)(self._make_of_dataset)
         self._random = lru_cache(maxsize=MAX_ORDERS)(self._make_random)
@@ -93,14 +97,14 @@ class Ranker:
             return [self._of_dataset().expand(n, -1)]
         if ranking.name == "image":
             return [_places(torch.argsort(means(), dim=1, descending=True, stable=True))]
-        classes = labels if ranking.name == "class" else predicted
-        return [torch.stack([self._of_class(label) for label in classes])]
+        classes = predicted if ranking.name == "predicted" else labels
+        return [torch.stack([self._of_class(label, ranking.name == "cross") for label in classes])]
 
-    def _make_of_class(self, label: int) -> Tensor:
-        return self._by(self._known_counts()[:, label])
+    def _make_of_class(self, label: int, cross: bool) -> Tensor:
+        return self._by(_known(self._cross if cross else self._counts)[:, label])
 
     def _make_of_dataset(self) -> Tensor:
-        return self._by(self._known_counts().sum(axis=1))
+        return self._by(_known(self._counts).sum(axis=1))
 
     def _make_random(self, order: int) -> Tensor:
         permutation = np.random.default_rng(self._seed + order).permutation(self._num_latents)
@@ -110,10 +114,11 @@ class Ranker:
         order = np.argsort(-counts.astype(np.float64), kind="stable")
         return _places(torch.from_numpy(order)[None].to(self._device))[0]
 
-    def _known_counts(self) -> np.ndarray:
-        if self._counts is None:
-            raise ValueError("this ranking needs class counts")
-        return self._counts
+
+def _known(counts: np.ndarray | None) -> np.ndarray:
+    if counts is None:
+        raise ValueError("this ranking needs class counts")
+    return counts
 
 
 def _places(order: Tensor) -> Tensor:

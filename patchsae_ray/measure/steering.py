@@ -15,7 +15,7 @@ from patchsae_ray.backbone.clip import Backbone
 from patchsae_ray.backbone.zero_shot import logits
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.arrays import Arrays, prefixed, without_prefix
-from patchsae_ray.measure.masking import MaskingAccuracy
+from patchsae_ray.measure.masking import MaskingAccuracy, halves_of
 from patchsae_ray.measure.rankings import Ranker, Ranking
 from patchsae_ray.measure.residuals import ResidualBatches
 from patchsae_ray.measure.stages import StageTimer
@@ -69,17 +69,20 @@ class SteeringTotals:
     def __init__(self) -> None:
         self.accuracy: dict[str, MaskingAccuracy] = {}
         """By the ranking's name."""
+        self.in_half: dict[str, MaskingAccuracy] = {}
+        """The same, each image classified among its own half of the classes alone (base or novel)."""
         self._predictions: list[Predictions] = []
 
     def add(self, arrays: Arrays) -> None:
         """Take in what a unit, or another's `to_arrays`, gave."""
-        accuracy = without_prefix("accuracy", arrays)
-        for ranking in sorted({name.split("/")[0] for name in accuracy}):
-            found = MaskingAccuracy.from_arrays(without_prefix(ranking, accuracy))
-            if ranking in self.accuracy:
-                self.accuracy[ranking].merge(found)
-            else:
-                self.accuracy[ranking] = found
+        for kind, kept in (("accuracy", self.accuracy), ("in_half", self.in_half)):
+            of_kind = without_prefix(kind, arrays)
+            for ranking in sorted({name.split("/")[0] for name in of_kind}):
+                found = MaskingAccuracy.from_arrays(without_prefix(ranking, of_kind))
+                if ranking in kept:
+                    kept[ranking].merge(found)
+                else:
+                    kept[ranking] = found
         predictions = without_prefix("predictions", arrays)
         if predictions:
             self._predictions.append(Predictions(**predictions))
@@ -100,8 +103,9 @@ class SteeringTotals:
     def to_arrays(self) -> Arrays:
         """Everything as arrays."""
         arrays: Arrays = {}
-        for ranking, accuracy in self.accuracy.items():
-            arrays.update(prefixed(f"accuracy/{ranking}", accuracy.to_arrays()))
+        for kind, kept in (("accuracy", self.accuracy), ("in_half", self.in_half)):
+            for ranking, accuracy in kept.items():
+                arrays.update(prefixed(f"{kind}/{ranking}", accuracy.to_arrays()))
         predictions = self.predictions()
         if predictions is not None:
             arrays.update(prefixed("predictions", predictions.to_arrays()))
@@ -130,6 +134,11 @@ class Steerer:
         self._device = sae.W_enc.device.type
         self._residuals = ResidualBatches(backbone, batch_size, self._device)
         self._ks = torch.tensor(settings.ks, device=self._device)
+        self._other_half = torch.zeros(2, len(classifier), device=self._device)
+        self._half_of = torch.zeros(len(classifier), dtype=torch.int64, device=self._device)
+        for index, part in enumerate(halves_of(len(classifier)).values()):
+            self._other_half[1 - index, part] = -torch.inf
+            self._half_of[part] = index
         self._replaced = backbone.token_slice(settings.intervene)
         ranked_by_image = any(ranking.name == "image" for ranking in settings.rankings)
         self._encoded = slice(0, backbone.num_tokens) if ranked_by_image else self._replaced
@@ -156,6 +165,7 @@ class Steerer:
             raise UserError(f"an image has the label {labels.max()}, but there are {num_classes} class names")
         for ranking in self._settings.rankings:
             totals.accuracy[ranking.name] = MaskingAccuracy(num_masked, num_classes, ranking.orders)
+            totals.in_half[ranking.name] = MaskingAccuracy(num_masked, num_classes, ranking.orders)
         timer = StageTimer(self._device)
         for rows, residual in self._residuals.of(pixels, timer):
             labelled = np.flatnonzero(labels[rows] >= 0)
@@ -175,9 +185,10 @@ class Steerer:
         self, residual: Tensor, positions: np.ndarray, labels: np.ndarray, totals: SteeringTotals, timer: StageTimer
     ) -> None:
         true = torch.from_numpy(labels).to(self._device)[:, None]
+        half = self._other_half[self._half_of[true]]  # [n, 1, c], 0 in the image's own half of the classes, -inf in the other
         without = self._scores(residual)[:, None]
-        unmasked = without.argmax(dim=-1)
-        predicted = unmasked[:, 0].tolist()
+        predicted = without.argmax(dim=-1)[:, 0].tolist()
+        untouched = [self._right(scores, true)[:, 0].cpu().numpy() > 0 for scores in (without, without + half)]
         found = [without] if self._settings.predictions else []
         timer.mark("from_hook")
         encoded = active_latents(self._sae, residual[:, self._encoded])
@@ -191,20 +202,26 @@ class Steerer:
             return encoded.image_means(len(residual), self._sae.d_sae)
 
         for ranking in self._settings.rankings:
-            right = torch.zeros(len(residual), 2 * len(self._ks), dtype=torch.int64, device=self._device)
+            right = [torch.zeros(len(residual), 2 * len(self._ks), dtype=torch.int64, device=self._device) for _ in range(2)]
             for ranks in self._ranker.ranks(ranking, labels.tolist(), predicted, means):
                 timer.mark("rank")
                 variants = masked_residuals(self._sae, residual, self._replaced, active, ranks, self._ks, rest)
                 timer.mark("decode_latents")
                 scores = self._scores(variants.flatten(0, 1)).view(*variants.shape[:2], -1)
-                right += scores.argmax(dim=-1) == true
+                right[0] += self._right(scores, true)
+                right[1] += self._right(scores + half, true)
                 found += [scores] if self._settings.predictions else []
                 timer.mark("from_hook")
-            right_without = (unmasked == true)[:, 0]
-            totals.accuracy[ranking.name].update(labels, right_without.cpu().numpy(), right.cpu().numpy())
+            for kept, without_sae, masked in zip((totals.accuracy, totals.in_half), untouched, right, strict=True):
+                kept[ranking.name].update(labels, without_sae, masked.cpu().numpy())
         if found:
             totals.add_predictions(_predictions(torch.cat(found, dim=1), positions, labels))
         timer.mark("reduce")
+
+    @staticmethod
+    def _right(scores: Tensor, true: Tensor) -> Tensor:
+        """[n, m] 1 where the largest of scores [n, m, c] is that of the true class [n, 1]."""
+        return (scores.argmax(dim=-1) == true).to(torch.int64)
 
     def _scores(self, residual: Tensor) -> Tensor:
         """[n, c] scores of residuals [n, t, d]."""

@@ -16,7 +16,7 @@ from patchsae_ray.settings import SteerSettings
 log = logging.getLogger(__name__)
 
 
-def read_counts(settings: SteerSettings, model: LoadedModel, manifest: Manifest) -> np.ndarray:
+def read_counts(path: str, settings: SteerSettings, model: LoadedModel, manifest: Manifest) -> np.ndarray:
     """cls_sae_cnt.npy as [s, c], in either orientation, checked against the SAE and the class list.
 
     They may be of another backbone (an adapted CLIP's, to steer the plain one) or of other images, if the SAE and the
@@ -24,7 +24,6 @@ def read_counts(settings: SteerSettings, model: LoadedModel, manifest: Manifest)
 
     Raises: UserError where it is no such matrix, or by its run.json of another SAE or class list.
     """
-    path = settings.cls_wise_sae_activation_path
     try:
         counts = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:

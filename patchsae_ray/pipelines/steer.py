@@ -57,6 +57,8 @@ class SteerInputs(Inputs):
 
     counts: np.ndarray | None
     """[s, c], where a ranking needs them."""
+    cross: np.ndarray | None
+    """[s, c] of another model, for the ranking cross."""
     steering: SteeringSettings
 
 
@@ -78,17 +80,23 @@ def read_steer_inputs(settings: SteerSettings) -> SteerInputs:
     ks = parse_topk(settings.topk, model.autoencoder.d_sae)
     if settings.predictions:
         check_predictions_fit(manifest.num_images, rankings, ks)
-    counts = read_counts(settings, model, manifest) if settings.cls_wise_sae_activation_path else None
+    own, other = settings.cls_wise_sae_activation_path, settings.cross_counts
+    counts, cross = (read_counts(path, settings, model, manifest) if path else None for path in (own, other))
     steering = SteeringSettings(
         ks, rankings, settings.intervene, settings.error_term, settings.output_offset, settings.predictions
     )
-    return SteerInputs(model, manifest, counts, steering)
+    return SteerInputs(model, manifest, counts, cross, steering)
 
 
 def _check_counts_given(settings: SteerSettings, rankings: tuple[Ranking, ...]) -> None:
     wanting = [ranking.name for ranking in rankings if ranking.needs_counts]
     if wanting and not settings.cls_wise_sae_activation_path:
         raise UserError(f"--cls_wise_sae_activation_path is needed for --rank_by {wanting[0]}: cls_sae_cnt.npy of extract")
+    crossed = any(ranking.name == "cross" for ranking in rankings)
+    if crossed != bool(settings.cross_counts):
+        raise UserError(
+            "--cross_counts, another model's cls_sae_cnt.npy, and --rank_by cross go together: give both or neither"
+        )
     if not wanting and settings.cls_wise_sae_activation_path:
         raise UserError(f"--cls_wise_sae_activation_path has no use with --rank_by {settings.rank_by}: leave it out")
 
@@ -109,8 +117,9 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
     def work(session: Session) -> Made:
         totals, kept = run_steering(settings, inputs, session)
         summary, curves = summarise(totals, inputs.steering, inputs.manifest, settings.seed)
-        counts_from = record_of_file(settings.cls_wise_sae_activation_path) if inputs.counts is not None else None
-        made_by = {"counts_run_key": counts_from["run_key"] if counts_from else None}
+        sources = {"counts": settings.cls_wise_sae_activation_path, "cross_counts": settings.cross_counts}
+        records = {name: record_of_file(path) for name, path in sources.items() if path}
+        made_by = {f"{name}_run_key": record["run_key"] if record else None for name, record in records.items()}
         return Made(
             result_files(inputs.steering, inputs.manifest, totals, curves, summary, kept.bad, settings.seed),
             summary,
@@ -149,7 +158,7 @@ def run_steering(settings: SteerSettings, inputs: SteerInputs, session: Session)
     log.info("steer: %d values of k, ranked by %s", len(steering.ks), ", ".join(names))
     task = SteerTask(
         inputs.model.portable(plan.precision), classifier, float(inputs.model.state_dict["logit_scale"]), inputs.counts,
-        steering, settings.seed, settings.batch_size,
+        inputs.cross, steering, settings.seed, settings.batch_size,
     )  # fmt: skip
     totals, kept = UnitPass(
         "steer", manifest, inputs.model.config.image_size, task, SteeringTotals, session, session.folder.key,
@@ -161,7 +170,7 @@ def run_steering(settings: SteerSettings, inputs: SteerInputs, session: Session)
 
 
 def _identity(settings: SteerSettings, inputs: SteerInputs, precision: str) -> dict[str, Any]:
-    counts = inputs.counts
+    counts = {"counts": inputs.counts, "cross_counts": inputs.cross}
     steering = asdict(inputs.steering)
     rankings = [f"{ranking.name}:{ranking.orders}" for ranking in inputs.steering.rankings]
     return {
@@ -169,8 +178,12 @@ def _identity(settings: SteerSettings, inputs: SteerInputs, precision: str) -> d
         "manifest": inputs.manifest.digest,
         "classnames": list(inputs.manifest.classnames),
         **inputs.model.adapter.text_identity(),
-        **({} if counts is None else {"counts": storage.digest([np.ascontiguousarray(counts, dtype=np.float64)])}),
+        **{name: _counts_digest(found) for name, found in counts.items() if found is not None},
         **{name: value for name, value in steering.items() if name != "rankings"},
         "rank_by": ",".join(rankings),
         "seed": settings.seed,
     }
+
+
+def _counts_digest(counts: np.ndarray) -> str:
+    return storage.digest([np.ascontiguousarray(counts, dtype=np.float64)])

@@ -7,19 +7,21 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from patchsae_ray import figures
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
-from patchsae_ray.measure.masking import LEVEL, RESAMPLES, MaskingCurve, masked_settings, settings_of
+from patchsae_ray.measure.masking import LEVEL, RESAMPLES, MaskingCurve, halves_of, masked_settings, settings_of
 from patchsae_ray.measure.rankings import RANKINGS, Ranking
 from patchsae_ray.measure.steering import Predictions, SteeringSettings, SteeringTotals, prediction_columns
 from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet
 
 CURVE_FILE = "masking_curve.png"
 SUMMARY_FILE = "summary.json"
+HALVES_FILE = "metrics_halves.csv"
 PREDICTIONS_FILE = "predictions.parquet"
 MAX_PREDICTION_BYTES = 4 * 2**30
 """Of all predictions, which the driver holds at the end."""
@@ -36,7 +38,7 @@ def metrics_file(index: int, ranking: Ranking) -> str:
 def output_names(steering: SteeringSettings) -> list[str]:
     """The files that the run will have written."""
     tables = [metrics_file(index, ranking) for index, ranking in enumerate(steering.rankings)]
-    return [*tables, SUMMARY_FILE, CURVE_FILE, ERRORS_FILE, *([PREDICTIONS_FILE] if steering.predictions else [])]
+    return [*tables, HALVES_FILE, SUMMARY_FILE, CURVE_FILE, ERRORS_FILE, *([PREDICTIONS_FILE] if steering.predictions else [])]
 
 
 def check_predictions_fit(num_images: int, rankings: Sequence[Ranking], ks: Sequence[int]) -> None:
@@ -58,9 +60,17 @@ def summarise(
 ) -> tuple[dict[str, Any], Curves]:
     """What summary.json holds, and the curves that it is made of."""
     curves = {ranking.name: totals.accuracy[ranking.name].curve(seed) for ranking in steering.rankings}
-    first = curves[steering.rankings[0].name]
+    halves = {
+        ranking.name: {
+            half: totals.in_half[ranking.name].only(classes).curve(seed)
+            for half, classes in halves_of(manifest.num_classes).items()
+            if totals.in_half[ranking.name].only(classes).images.sum()
+        }
+        for ranking in steering.rankings
+    }
+    first = steering.rankings[0].name
     names = settings_of(steering.ks)
-    images = totals.accuracy[steering.rankings[0].name].images
+    images = totals.accuracy[first].images
     return {
         "images": int(images.sum()),
         "classes": manifest.num_classes,
@@ -70,26 +80,36 @@ def summarise(
         "error_term": steering.error_term,
         "output_offset": steering.output_offset,
         "intervals": f"{100 * LEVEL:g} %, percentile bootstrap over images within classes, {RESAMPLES} resamples, seed {seed}",
-        "no_sae": _row(first, 0, with_change=False),
+        "no_sae": _row(curves[first], halves[first], 0),
         "rankings": {
             ranking.name: {
                 "ranked_by": RANKINGS[ranking.name],
                 "orders": ranking.orders,
                 "table": metrics_file(index, ranking),
-                "settings": {name: _row(curves[ranking.name], row) for row, name in enumerate(names) if row},
+                "settings": {
+                    name: _row(curves[ranking.name], halves[ranking.name], row) for row, name in enumerate(names) if row
+                },
             }
             for index, ranking in enumerate(steering.rankings)
         },
     }, curves
 
 
-def _row(curve: MaskingCurve, row: int, with_change: bool = True) -> dict[str, dict[str, float]]:
-    found = {}
-    for field in fields(curve):
-        if with_change or field.name != "change":
-            value, low, high = (round(float(number), 6) for number in getattr(curve, field.name)[row])
-            found[field.name] = {"percent": value, "low": low, "high": high}
-    return found
+def _row(curve: MaskingCurve, halves: Curves, row: int) -> dict[str, dict[str, float]]:
+    """A setting's estimates; `base` and `novel` are means over the half's classes, classified among themselves."""
+    found = {field.name: _estimate(getattr(curve, field.name)[row]) for field in fields(curve) if row or field.name != "change"}
+    return {**found, **{half: _estimate(of_half.mean_over_classes[row]) for half, of_half in halves.items()}}
+
+
+def _estimate(numbers: np.ndarray) -> dict[str, float]:
+    value, low, high = (round(float(number), 6) for number in numbers)
+    return {"percent": value, "low": low, "high": high}
+
+
+def _halves_table(steering: SteeringSettings, totals: SteeringTotals) -> pd.DataFrame:
+    """metrics_halves.csv: as metrics.csv, each class classified among its own half, the rankings below each other."""
+    tables = {ranking.name: totals.in_half[ranking.name].table(steering.ks) for ranking in steering.rankings}
+    return pd.concat(tables, names=["ranking"])
 
 
 def with_interval(row: dict[str, dict[str, float]]) -> str:
@@ -121,6 +141,7 @@ def result_files(
         metrics_file(index, ranking): totals.accuracy[ranking.name].table(steering.ks).to_csv().encode()
         for index, ranking in enumerate(steering.rankings)
     }
+    files[HALVES_FILE] = _halves_table(steering, totals).to_csv().encode()
     files[SUMMARY_FILE] = (json.dumps(summary, indent=1) + "\n").encode()
     files[CURVE_FILE] = figures.masking_curve(steering.ks, steering.rankings, curves, manifest.num_classes)
     files[ERRORS_FILE] = errors_parquet(bad)

@@ -36,6 +36,8 @@ class SteerTask:
     logit_scale: float
     counts: np.ndarray | None
     """[s, c], where a ranking needs them."""
+    cross: np.ndarray | None
+    """[s, c] of another model, for the ranking cross."""
     settings: SteeringSettings
     seed: int
     batch_size: int
@@ -50,7 +52,7 @@ class SteerWorker:
     def __init__(self, task: SteerTask, device: str) -> None:
         backbone, sae = task.model.build_backbone(device), task.model.build_sae(device)
         classifier = torch.from_numpy(np.array(task.classifier)).to(device)
-        ranker = Ranker(task.counts, sae.d_sae, task.seed, device)
+        ranker = Ranker(task.counts, sae.d_sae, task.seed, device, task.cross)
         self._steerer = Steerer(backbone, sae, classifier, task.logit_scale, ranker, task.settings, task.batch_size)
 
     def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:

@@ -51,7 +51,7 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("clas", "did you mean 'class'"), ("", "class, dataset, random, image, predicted are known"),
+        ("clas", "did you mean 'class'"), ("", "class, dataset, random, image, predicted, cross are known"),
         ("class:2", "class would be right"), ("random:0", "random:N with N from 1 to 100"), ("random:x", "random:N"),
         ("random:", "random:N"), ("random:101", "to 100"), ("class,random,class", "class is there twice"),
     ],

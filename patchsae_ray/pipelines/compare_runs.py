@@ -1,0 +1,127 @@
+"""Finished runs of plain and of adapted CLIP, read and checked against each other."""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from patchsae_ray import storage
+from patchsae_ray.data.catalog import open_dataset
+from patchsae_ray.data.manifest import Manifest
+from patchsae_ray.errors import UserError
+from patchsae_ray.pipelines.extract import COUNTS_FILE
+from patchsae_ray.pipelines.results import record_of_file
+from patchsae_ray.pipelines.steer_outputs import HALVES_FILE, SUMMARY_FILE
+from patchsae_ray.settings import CompareSettings
+
+TOP_FILE = "max_activating_image_indices.pt"
+_SAME_FEATURES = ("sae", "clip", "block_layer", "manifest", "classnames", "tokens", "threshold")
+_SAME_STEERING = ("sae", "clip", "manifest", "classnames", "ks", "intervene", "error_term", "output_offset")
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """What is kept of one model: its features, and its steering."""
+
+    vit_type: str
+    counts: np.ndarray
+    """[s, c]."""
+    features: Mapping[str, Any]
+    """The record of the run that counted."""
+    steering: Mapping[str, Any]
+    """The record of the run that steered."""
+    summary: Mapping[str, Any]
+    """Its summary.json."""
+    metrics: pd.DataFrame
+    """Percent by setting and class, among all classes."""
+    halves: pd.DataFrame
+    """The same among the class's own half."""
+    top: np.ndarray | None
+    """[s, k] positions of top images, -1 in an empty slot; None where only counts were made."""
+
+    def key(self) -> dict[str, str]:
+        """The run keys of what it was read from."""
+        return {"features": str(self.features["run_key"]), "steering": str(self.steering["run_key"])}
+
+
+def read_runs(settings: CompareSettings) -> tuple[ModelRun, ModelRun]:
+    """(base, adapted).
+
+    Raises: UserError where one is not there or unfinished, or they are of different SAEs, images, classes or settings.
+    """
+    base = read_run(settings.base_root_dir or settings.root_dir, "base", settings.dataset_name)
+    adapted = read_run(settings.root_dir, settings.vit_type, settings.dataset_name)
+    for what, keys in (("features", _SAME_FEATURES), ("steering", _SAME_STEERING)):
+        first, second = (dict(getattr(run, what)["identity"]) for run in (base, adapted))
+        for key in keys:
+            if first.get(key) != second.get(key):
+                raise UserError(
+                    f"the {what} of base and of {settings.vit_type} do not compare: {key} is {_short(first.get(key))} there "
+                    f"and {_short(second.get(key))} here; run one of them again"
+                )
+    return base, adapted
+
+
+def read_run(root: str, vit_type: str, dataset: str) -> ModelRun:
+    """One model's run under a root.
+
+    Raises: UserError where something of it is not there.
+    """
+    features = storage.join(root, "out", "feature_data", vit_type, dataset)
+    steered = storage.join(root, "eval_outputs", vit_type, dataset)
+    counted = _finished(features, COUNTS_FILE, "jobs/extract.py", vit_type)
+    steering = _finished(steered, SUMMARY_FILE, "jobs/steer.py", vit_type)
+    counts = np.load(io.BytesIO(storage.read_bytes(storage.join(features, COUNTS_FILE))), allow_pickle=False)
+    summary = json.loads(storage.read_text(storage.join(steered, SUMMARY_FILE)))
+    ranking = summary["rankings"].get("class")
+    if ranking is None:
+        raise UserError(f"{steered}: steered by {', '.join(summary['rankings'])}; --rank_by class is needed to compare")
+    counts_digest = storage.digest([np.ascontiguousarray(counts, dtype=np.float64)])
+    if steering["identity"].get("counts") != counts_digest:
+        raise UserError(
+            f"{steered} was steered by other counts than {storage.join(features, COUNTS_FILE)}: run jobs/steer.py again"
+        )
+    metrics = _table(storage.join(steered, ranking["table"]))
+    halves = _table(storage.join(steered, HALVES_FILE))
+    halves = halves[halves["ranking"] == "class"].drop(columns="ranking")
+    return ModelRun(vit_type, counts, counted, steering, summary, metrics, halves, _top(features, counted))
+
+
+def _table(uri: str) -> pd.DataFrame:
+    return pd.read_csv(io.BytesIO(storage.read_bytes(uri)), index_col="masking")
+
+
+def _top(features: str, counted: Mapping[str, Any]) -> np.ndarray | None:
+    record = record_of_file(storage.join(features, TOP_FILE))
+    if record is None or record["run_key"] != counted["run_key"]:
+        return None
+    data = storage.read_bytes(storage.join(features, TOP_FILE))
+    return np.asarray(torch.load(io.BytesIO(data), weights_only=True).numpy())
+
+
+def _finished(folder: str, name: str, job: str, vit_type: str) -> dict[str, Any]:
+    uri = storage.join(folder, name)
+    record = record_of_file(uri)
+    if record is None or not storage.exists(uri):
+        raise UserError(f"{uri}: no finished run made it; {job} --vit_type {vit_type} would")
+    return record
+
+
+def images_of(run: ModelRun) -> Manifest | None:
+    """The images that the features were made of, where they can still be read and are the same."""
+    made = run.features["settings"]
+    try:
+        manifest = open_dataset(made["dataset_name"], made["dataset_path"], made["split"], made["classnames"])
+    except UserError:
+        return None
+    return manifest if manifest.digest == run.features["identity"]["manifest"] else None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:24] + "…"
