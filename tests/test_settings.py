@@ -9,6 +9,7 @@ from patchsae_ray.data.catalog import train_defaults
 from patchsae_ray.parsing import build_parser, parse
 from patchsae_ray.settings import (
     ClassLatentsSettings,
+    CompareSettings,
     DemoSettings,
     ExtractSettings,
     RunSettings,
@@ -17,7 +18,7 @@ from patchsae_ray.settings import (
 )
 from tests.conftest import ROOT
 
-EVERY_JOB = [TrainSettings, ExtractSettings, ClassLatentsSettings, SteerSettings, DemoSettings]
+EVERY_JOB = [TrainSettings, ExtractSettings, ClassLatentsSettings, SteerSettings, CompareSettings, DemoSettings]
 GUIDE_COMMON = {"root_dir", "dataset_name", "sae_path", "vit_type", "model_path", "config_path", "batch_size", "device"}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from s3fs import S3FileSystem
 from safetensors.torch import load_file, save_file
 
 from patchsae_ray.cli import run_job
@@ -97,8 +98,10 @@ def test_model_that_does_not_fit(refused: Refused, tmp_path: Path) -> None:
     refused("extract", changed(golden_flags(), sae_path=deep), "--block_layer -9: the model has 4 blocks")
     refused("extract", changed(golden_flags(), block_layer="99"), "--block_layer 99: the model has 4 blocks")
     refused("extract", changed(golden_flags(), block_layer="-1"), "was trained at block_layer -2")
-    refused("extract", changed(golden_flags(), vit_type="maple"), "--vit_type maple: not built yet")
-    refused("extract", changed(golden_flags(), model_path="x.pt"), "go with --vit_type maple")
+    refused("extract", changed(golden_flags(), vit_type="maple"), "--model_path is needed with --vit_type maple")
+    refused("extract", changed(golden_flags(), vit_type="mapel"), "--vit_type mapel: one of base, maple would be right")
+    refused("extract", changed(golden_flags(), model_path="x.pt"), "go with another --vit_type (maple)")
+    refused("train", ["--vit_type", "maple", "--model_path", str(GOLDEN / "model.pth.tar-5")], "--config_path is needed")
     nameless = sae_file(tmp_path / "nameless.pt", d_in=128, model_name=None)
     refused("extract", ["--sae_path", nameless], "--backbone is needed")
 
@@ -125,7 +128,9 @@ def test_places(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    S3FileSystem.clear_instance_cache()  # those of other tests know another endpoint
     refused("extract", changed(golden_flags(), dataset_path="s3://bucket/images"), "cannot reach s3://bucket/images")
+    S3FileSystem.clear_instance_cache()
 
 
 def test_no_cluster_there(refused: Refused) -> None:
@@ -187,6 +192,8 @@ def test_class_counts_of_another_kind(refused: Refused, tmp_path: Path) -> None:
     refused("steer", [*flags, whole, "--rank_by", "clas"], "did you mean 'class'")
     refused("steer", [*flags, whole, "--rank_by", "class,random:0"], "--rank_by 'random:0': random:N with N from 1")
     refused("steer", [*flags, whole, "--rank_by", "random:3,image"], "--cls_wise_sae_activation_path has no use")
+    refused("steer", [*flags, whole, "--rank_by", "class,cross"], "--cross_counts, another model's cls_sae_cnt.npy, and")
+    refused("steer", [*flags, whole, "--cross_counts", whole], "--rank_by cross go together")
     refused("steer", flags[:-1], "--cls_wise_sae_activation_path is needed for --rank_by class")
     refused("steer", [*flags, whole, "--intervene", "patches"], "--intervene patches: one of all, image, patch, cls would")
     refused("steer", [*flags, whole, "--error_term", "subtract"], "--error_term subtract: one of none, add would be right")
