@@ -8,9 +8,9 @@ from typing import Any, TypeVar, cast
 
 from patchsae_ray.errors import StoreError, UserError
 from patchsae_ray.parsing import Defaults, parse
-from patchsae_ray.settings import RunSettings
+from patchsae_ray.settings import FolderSettings
 
-S = TypeVar("S", bound=RunSettings)
+S = TypeVar("S", bound=FolderSettings)
 
 
 def run_job(

@@ -9,11 +9,11 @@ from typing import Any, NoReturn, TypeVar
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from patchsae_ray.errors import first_line, nearest
-from patchsae_ray.settings import RunSettings
+from patchsae_ray.settings import FolderSettings
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-S = TypeVar("S", bound=RunSettings)
+S = TypeVar("S", bound=FolderSettings)
 
 
 _CHOICE = re.compile(r'Parser key "(\w+)":\s+Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)')
@@ -46,7 +46,7 @@ class _Parser(ArgumentParser):
         sys.exit(2)
 
 
-def build_parser(settings_class: type[RunSettings]) -> ArgumentParser:
+def build_parser(settings_class: type[FolderSettings]) -> ArgumentParser:
     """The command line of a job: a flag for every field, --config and --print_config."""
     parser = _Parser(description=settings_class.__doc__, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; flags win over it.")
@@ -58,7 +58,7 @@ def build_parser(settings_class: type[RunSettings]) -> ArgumentParser:
     return parser
 
 
-def _boolean_fields(settings_class: type[RunSettings]) -> set[str]:
+def _boolean_fields(settings_class: type[FolderSettings]) -> set[str]:
     return {field.name for field in fields(settings_class) if field.type in (bool, "bool")}
 
 

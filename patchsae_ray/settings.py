@@ -12,13 +12,11 @@ from patchsae_ray.names import VIT_TYPES, BDecInit, Device, ErrorTerm, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """Where a job runs and writes."""
+class FolderSettings:
+    """Where a job writes."""
 
     root_dir: str = "."
     """Folder or URI under which results go, in `out/` and `eval_outputs/`."""
-    ray_address: str | None = None
-    """Ray cluster to run on; default: $RAY_ADDRESS, else a Ray of its own on this machine."""
     overwrite: bool = False
     """Replace another run's results in the output folder; without it they are an error."""
 
@@ -32,6 +30,14 @@ class RunSettings:
             if value is not None and not low <= value <= high:
                 wanted = f"at least {low}" if math.isinf(high) else f"{low} to {high}"
                 raise UserError(f"--{name} {value}: {wanted} would be right")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(FolderSettings):
+    """Where a job runs and writes."""
+
+    ray_address: str | None = None
+    """Ray cluster to run on; default: $RAY_ADDRESS, else a Ray of its own on this machine."""
 
 
 def _check_folder_name(flag: str, name: str) -> None:
@@ -273,7 +279,7 @@ class SteerSettings(SaeSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareSettings(RunSettings):
+class CompareSettings(FolderSettings):
     """Compare plain CLIP with an adapted one, from their finished runs of extract and steer."""
 
     dataset_name: str = "demo"
@@ -311,6 +317,6 @@ class DemoSettings(RunSettings):
     """Images to train on; default: as configs/datasets/demo.yaml says."""
 
 
-def as_dict(settings: RunSettings) -> dict[str, Any]:
+def as_dict(settings: FolderSettings) -> dict[str, Any]:
     """The settings as plain values, for run.json and MLflow."""
     return asdict(settings)

@@ -12,7 +12,7 @@ from patchsae_ray.settings import (
     CompareSettings,
     DemoSettings,
     ExtractSettings,
-    RunSettings,
+    FolderSettings,
     SteerSettings,
     TrainSettings,
 )
@@ -23,7 +23,7 @@ GUIDE_COMMON = {"root_dir", "dataset_name", "sae_path", "vit_type", "model_path"
 
 
 @pytest.mark.parametrize("settings_class", EVERY_JOB)
-def test_every_flag_has_a_line_of_help(settings_class: type[RunSettings]) -> None:
+def test_every_flag_has_a_line_of_help(settings_class: type[FolderSettings]) -> None:
     for action in build_parser(settings_class)._actions:
         if action.dest not in ("help", "config", "print_config"):
             text = (action.help or "").removesuffix("%(default)s")

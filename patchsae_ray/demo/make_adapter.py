@@ -138,7 +138,7 @@ def accuracy(backbone: Backbone, classifier: Tensor, images: Images) -> float:
     """Percent of images classified right."""
     parts = images.pixels.split(EVAL_BATCH)
     found = [logits(backbone.from_hook(backbone.to_hook(part)), classifier, 0.0).argmax(dim=-1) for part in parts]
-    return 100 * float((torch.cat(found) == images.labels).float().mean())
+    return round(100 * int((torch.cat(found) == images.labels).sum()) / len(images.labels), 2)
 
 
 def accuracies(images: Images, weights: Path, settings: Path) -> dict[str, float]:
@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shots", type=int, default=16, help="images a class")
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--lr", type=float, default=0.0035)
+    parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, default=ADAPTER_WEIGHTS)
     parser.add_argument("--config", type=Path, default=ADAPTER_CONFIG)

@@ -52,7 +52,7 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
     Raises: UserError where a run is not there or the two do not compare, or the folder holds another comparison.
     """
     base, adapted = read_runs(settings)
-    uri = storage.join(settings.root_dir, "out", "compare", settings.vit_type, settings.dataset_name, settings.classes)
+    uri = comparison_folder(settings)
     chosen = {name: getattr(settings, name) for name in ("classes", "high_k", "low_k", "example_latents")}
     identity = {"base": base.key(), "adapted": adapted.key(), **chosen}
     folder = ResultFolder(uri, "compare", identity, dict.fromkeys(FILES, run_key(identity)))
@@ -72,6 +72,11 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
     log.info("compare: %s", found.summary["finding"])
     log.info("compare: results in %s", uri)
     return found.summary
+
+
+def comparison_folder(settings: CompareSettings) -> str:
+    """{root_dir}/out/compare/{vit_type}/{dataset_name}/{classes}."""
+    return storage.join(settings.root_dir, "out", "compare", settings.vit_type, settings.dataset_name, settings.classes)
 
 
 def compare_runs(base: ModelRun, adapted: ModelRun, settings: CompareSettings) -> Comparison:

@@ -1,4 +1,4 @@
-"""The main job on the embedded default, end to end: train, extract, count, steer, and a page of what came out."""
+"""The main job on the embedded default, end to end: train, extract, count, steer, adapt, compare, and what came out."""
 
 import logging
 import time
@@ -7,13 +7,16 @@ from typing import Any
 
 from patchsae_ray import storage
 from patchsae_ray.data.catalog import train_defaults
+from patchsae_ray.demo import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from patchsae_ray.parsing import parse
+from patchsae_ray.pipelines.compare import PAGE_FILE, compare, comparison_folder
 from patchsae_ray.pipelines.extract import COUNTS_FILE, FIGURE_FILE, class_latents, extract, feature_folder
 from patchsae_ray.pipelines.steer import steer
 from patchsae_ray.pipelines.steer_outputs import CURVE_FILE, with_interval
 from patchsae_ray.pipelines.train import train
 from patchsae_ray.settings import (
     ClassLatentsSettings,
+    CompareSettings,
     DemoSettings,
     ExtractSettings,
     SteerSettings,
@@ -26,14 +29,14 @@ RUN_NAME = "demo"
 
 
 def demo(settings: DemoSettings) -> str:
-    """`jobs/demo.py`: the four jobs as a newcomer would type them, then a report, which is also printed.
+    """`jobs/demo.py`: the jobs as a newcomer would type them, for plain and for adapted CLIP, then a report, also printed.
 
     Raises: UserError as the jobs do.
     """
     started = time.perf_counter()
     root = settings.root_dir
-    shared = ["--root_dir", root, *(["--ray_address", settings.ray_address] if settings.ray_address else [])]
-    shared += ["--overwrite"] if settings.overwrite else []
+    folder = ["--root_dir", root, *(["--overwrite"] if settings.overwrite else [])]
+    shared = [*folder, *(["--ray_address", settings.ray_address] if settings.ray_address else [])]
     length = settings.total_training_images
     length_flags = ["--total_training_images", str(length)] if length else []
     train_flags = _command("train", [*shared, "--run_name", RUN_NAME, *length_flags])
@@ -42,11 +45,19 @@ def demo(settings: DemoSettings) -> str:
     extract_settings = parse(ExtractSettings, _command("extract", look))
     extracted = extract(extract_settings)
     class_latents(parse(ClassLatentsSettings, _command("class_latents", [*look, "--threshold", "0.2"])))
-    features = feature_folder(extract_settings)
-    steer_flags = ["--cls_wise_sae_activation_path", storage.join(features, COUNTS_FILE)]
-    steer_flags += ["--split", "test", "--rank_by", "class,dataset,random:5"]
-    steered = steer(parse(SteerSettings, _command("steer", [*look, *steer_flags])))
-    text = report(trained, extracted, steered, features, storage.join(root, "eval_outputs", "base", "demo"))
+    adapted = ["--vit_type", "maple", "--model_path", str(ADAPTER_WEIGHTS), "--config_path", str(ADAPTER_CONFIG)]
+    adapted_settings = parse(ExtractSettings, _command("extract", [*look, *adapted]))
+    extract(adapted_settings)
+    counts = [storage.join(feature_folder(one), COUNTS_FILE) for one in (extract_settings, adapted_settings)]
+    base_flags = _steering(counts[0], counts[1], "class,dataset,random:5,cross")
+    steered = steer(parse(SteerSettings, _command("steer", [*look, *base_flags])))
+    steer(parse(SteerSettings, _command("steer", [*look, *adapted, *_steering(counts[1], counts[0], "class,cross")])))
+    compare_settings = parse(CompareSettings, _command("compare", folder))
+    compared = compare(compare_settings)
+    text = report(
+        trained, extracted, steered, feature_folder(extract_settings), storage.join(root, "eval_outputs", "base", "demo")
+    )
+    text += f"\n  {storage.join(comparison_folder(compare_settings), PAGE_FILE)}\n\nAdapted with MaPLe: {compared['finding']}"
     log.info(
         "%s\n\n%.0f s in all. MLflow: mlflow ui --backend-store-uri sqlite:///%s/mlflow.db",
         text,
@@ -54,6 +65,11 @@ def demo(settings: DemoSettings) -> str:
         root,
     )
     return text
+
+
+def _steering(own: str, other: str, rank_by: str) -> list[str]:
+    flags = ["--cls_wise_sae_activation_path", own, "--cross_counts", other]
+    return [*flags, "--split", "test", "--rank_by", rank_by]
 
 
 def _command(job: str, flags: Sequence[str]) -> list[str]:

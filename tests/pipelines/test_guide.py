@@ -1,4 +1,4 @@
-"""The guide's four commands on the embedded default, and a job submitted to a head with token auth."""
+"""The guide's commands, plain and adapted CLIP, the page that compares them, and a job submitted to a head with token auth."""
 
 import json
 import shutil
@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from patchsae_ray.demo import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.conftest import GOLDEN, ROOT, RayHead, golden_flags
 
 pytestmark = pytest.mark.ray
@@ -57,6 +58,47 @@ def test_the_guides_commands(ray_head: RayHead, home: Path) -> None:
     extracted = json.loads((features / "run.json").read_text())["runs"]["extract"]
     assert record["counts_run_key"] == extracted["run_key"]
     assert record["identity"]["sae"] == extracted["identity"]["sae"]
+
+
+def test_the_guides_commands_for_adapted_clip(ray_head: RayHead, home: Path) -> None:
+    data = ["--root_dir", "./", "--dataset_name", "demo", "--sae_path", "out/checkpoints/guide/sae.pt"]
+    maple = ["--vit_type", "maple", "--model_path", str(ADAPTER_WEIGHTS), "--config_path", str(ADAPTER_CONFIG)]
+    guide(ray_head, home, "extract", *data, *maple)
+    out = guide(ray_head, home, "class_latents", *data, "--threshold", "0.2", *maple)
+    assert "done already" in out
+    counts = "out/feature_data/maple/demo/cls_sae_cnt.npy"
+    assert np.load(home / counts).shape == (1024, 10)
+    guide(ray_head, home, "steer", *data, "--cls_wise_sae_activation_path", counts, *maple)
+    metrics = pd.read_csv(home / "eval_outputs" / "maple" / "demo" / "metrics.csv", index_col="masking")
+    assert metrics.loc["no_sae"].mean() > 85
+    assert metrics.loc["off_1024"].mean() < 15
+    out = guide(ray_head, home, "compare", "--root_dir", "./", "--dataset_name", "demo")
+    assert "With maple accuracy goes from" in out
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("width", [1200, 420])
+def test_the_page_reads_well_in_a_browser(home: Path, width: int) -> None:
+    from playwright.sync_api import sync_playwright
+
+    page_file = home / "out" / "compare" / "maple" / "demo" / "all" / "compare.html"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        faults: list[str] = []
+        page.on("console", lambda message: faults.append(message.text))
+        page.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else faults.append(request.url))
+        page.goto(page_file.as_uri())
+        assert "With maple accuracy goes from" in page.locator(".finding").inner_text()
+        images = page.locator("img")
+        assert images.count() == 4
+        assert all(images.nth(index).evaluate("image => image.complete && image.naturalWidth > 300") for index in range(4))
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "the page scrolls sideways"
+        assert page.locator("table").count() >= 4
+        assert not faults
+        browser.close()
 
 
 def submit(ray_head: RayHead, *entrypoint: str) -> "subprocess.CompletedProcess[str]":
