@@ -1,4 +1,4 @@
-"""The main job on the embedded default: train, extract, count per class and steer on Fashion-MNIST."""
+"""The main job on the embedded default: train, extract, count, steer, adapt and compare on Fashion-MNIST."""
 
 import sys
 

@@ -6,39 +6,44 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.figures import apart, class_name, png, thumbnails
 from patchsae_ray.measure.comparison import GROUPS
 
-COLOURS = dict(zip(GROUPS, ("#999999", "#d55e00", "#0072b2", "#dddddd"), strict=True))
+COLOURS = dict(zip(GROUPS, ("#7a7a7a", "#d55e00", "#0072b2", "#d0d0d0"), strict=True))
 MAX_CLASSES = 40
 IMAGES_A_ROW = 5
 
 
 def groups(classes: pd.DataFrame, adapter: str) -> bytes:
-    """Latents that fell (left) and rose (right), a bar a class, most changed first; at most MAX_CLASSES."""
-    moved = classes.assign(moved=classes["high_to_low"] + classes["low_to_high"])
-    shown = moved.sort_values("moved", ascending=False, kind="stable").head(MAX_CLASSES)[::-1]
-    figure = Figure(figsize=(7.6, 1.4 + 0.26 * len(shown)), dpi=110, layout="constrained")
+    """What became of each class's leading latents, a stacked bar a class, most changed first; at most MAX_CLASSES."""
+    order = classes["high_in_both"] / classes[[column_of(group) for group in GROUPS]].sum(axis=1).clip(lower=1)
+    shown = classes.loc[order.sort_values(kind="stable").index].head(MAX_CLASSES)[::-1]
+    figure = Figure(figsize=(8.4, 1.5 + 0.27 * len(shown)), dpi=110, layout="constrained")
     axes = figure.subplots()
-    rows = np.arange(len(shown))
-    for group, sign in (("high to low", -1), ("low to high", 1)):
-        numbers = shown[group.replace(" ", "_")]
-        axes.barh(rows, sign * numbers, color=COLOURS[group], label=group)
-        for row, number in enumerate(numbers):
-            axes.text(sign * number, row, f" {number} ", va="center", ha="left" if sign > 0 else "right", fontsize=7)
-    limit = 1.2 * max(1, int(shown[["high_to_low", "low_to_high"]].to_numpy().max(initial=1)))
-    axes.set_xlim(-limit, limit)
-    axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
-    axes.axvline(0, color="0.3", linewidth=0.8)
+    rows, left = np.arange(len(shown)), np.zeros(len(shown))
+    for group in ("high to low", "between", "high in both", "low to high"):
+        numbers = shown[column_of(group)].to_numpy(dtype=np.int64)
+        axes.barh(rows, numbers, left=left, color=COLOURS[group], label=group)
+        for row, number in enumerate(numbers.tolist()):
+            if number:
+                middle, colour = float(left[row]) + number / 2, "0.2" if group == "between" else "white"
+                axes.text(middle, row, str(number), va="center", ha="center", fontsize=7, color=colour)
+        left += numbers
     axes.set_yticks(rows, [class_name(str(name), 28) for name in shown["name"]], fontsize=8)
     axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.set_xlabel("latents among the largest of either model")
     most = f", the {len(shown)} classes that changed most" if len(shown) < len(classes) else ""
-    axes.set_title(f"Leading latents that fell and rose with {adapter}{most}", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
+    axes.set_title(f"Leading latents with plain CLIP and with {adapter}{most}", fontsize=10)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     return png(figure)
+
+
+def column_of(group: str) -> str:
+    """The column of `classes` that counts a group's latents."""
+    return group.replace(" ", "_")
 
 
 def counts(latents: pd.DataFrame, adapter: str) -> bytes:
@@ -51,10 +56,17 @@ def counts(latents: pd.DataFrame, adapter: str) -> bytes:
             part["count_base"] + 1, part["count_adapted"] + 1, s=9, color=COLOURS[group], linewidth=0,
             alpha=0.75, label=f"{group} ({len(part):,})",
         )  # fmt: skip
-    largest = 1.3 * (1 + latents[["count_base", "count_adapted"]].to_numpy().max(initial=1))
-    axes.plot([1, largest], [1, largest], color="0.4", linewidth=0.8)
+    values = 1 + latents[["count_base", "count_adapted"]].to_numpy()
+    ends = [values.min(initial=1 << 60) / 1.4, values.max(initial=1) * 1.4] if len(latents) else [1, 10]
+    axes.plot(ends, ends, color="0.4", linewidth=0.8, zorder=0)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(*ends)
+    axes.set_ylim(*ends)
     axes.set_xlabel("tokens of the class, plain CLIP, + 1")
     axes.set_ylabel(f"tokens of the class, {adapter}, + 1")
     axes.set_title("Counts of each class's leading latents", fontsize=10)
@@ -106,14 +118,15 @@ def conditions(table: pd.DataFrame, summary: Mapping[str, Any], adapter: str) ->
 def examples(
     rows: pd.DataFrame, base_top: np.ndarray | None, adapted_top: np.ndarray | None, manifest: Manifest | None, adapter: str
 ) -> bytes:
-    """A row a latent that fell or rose: its counts, and its top images with plain CLIP (left) and with the adapted one.
+    """A row a latent that moved: its counts, and its top images with plain CLIP (left) and with the adapted one.
 
     Where the images cannot be read any more the counts stand alone.
     """
     number = max(1, len(rows))
-    columns = 2 * IMAGES_A_ROW
+    widths = [2.6, *[1] * IMAGES_A_ROW, 0.4, *[1] * IMAGES_A_ROW]
+    sides = (1, 2 + IMAGES_A_ROW)
     figure = Figure(figsize=(11.0, 0.8 + 1.0 * number), dpi=110)
-    axes = figure.subplots(number, columns + 1, squeeze=False, gridspec_kw={"width_ratios": [2.6, *[1] * columns]})
+    axes = figure.subplots(number, len(widths), squeeze=False, gridspec_kw={"width_ratios": widths})
     for axis in axes.flat:
         axis.set_axis_off()
     tops = [top for top in (base_top, adapted_top) if top is not None]
@@ -123,17 +136,18 @@ def examples(
     for line, row in enumerate(rows.to_dict("records")):
         said = f"{class_name(row['name'], 20)}, latent {row['latent']}\n{row['count_base']:,} → {row['count_adapted']:,} tokens"
         first = axes[line][0]
-        style = {"va": "center", "fontsize": 8, "color": COLOURS[row["group"]]}
+        told = row["group"] in ("high to low", "low to high")
+        style = {"va": "center", "fontsize": 8, "color": COLOURS[row["group"]] if told else "0.2"}
         first.text(0, 0.5, f"{said}\n{row['group']}", transform=first.transAxes, **style)
-        for side, top in enumerate(tops if pictures else []):
+        for side, top in zip(sides, tops, strict=False) if pictures else ():
             for column, position in enumerate(top[row["latent"]][:IMAGES_A_ROW].tolist()):
                 if position in pictures:
-                    axes[line][1 + side * IMAGES_A_ROW + column].imshow(pictures[position])
+                    axes[line][side + column].imshow(pictures[position])
     figure.subplots_adjust(left=0.02, right=0.99, bottom=0.01, top=1 - 0.55 / (0.8 + number), wspace=0.08, hspace=0.1)
     if len(rows):
-        for side, words in enumerate(("top images, plain CLIP", f"top images, {adapter}")):
-            middle = axes[0][1 + side * IMAGES_A_ROW + IMAGES_A_ROW // 2].get_position()
+        for side, words in zip(sides, ("top images, plain CLIP", f"top images, {adapter}"), strict=True):
+            middle = axes[0][side + IMAGES_A_ROW // 2].get_position()
             figure.text((middle.x0 + middle.x1) / 2, 1 - 0.32 / (0.8 + number), words, ha="center", fontsize=9)
     else:
-        figure.text(0.5, 0.5, "no latent fell or rose", ha="center")
+        figure.text(0.5, 0.5, "no count has moved", ha="center")
     return png(figure)

@@ -27,6 +27,14 @@ class StandIn:
             self.__dict__.update(state)
 
 
+def _plain_dict(*factory: Any) -> dict[Any, Any]:
+    """What a defaultdict becomes: torch's unpickler fills plain dicts alone."""
+    return {}
+
+
+_MADE_PLAIN = {"collections.defaultdict": _plain_dict}
+
+
 def load_inert(path: str, data: bytes, expected: Callable[[str], bool], what: str) -> Any:
     """A torch checkpoint's content, objects of expected classes as stand-ins.
 
@@ -46,7 +54,7 @@ def load_inert(path: str, data: bytes, expected: Callable[[str], bool], what: st
     if foreign:
         raise UserError(f"{path} would run {foreign[0]} when unpickled; only {what} are read")
     try:
-        with torch.serialization.safe_globals([(StandIn, name) for name in named]):
+        with torch.serialization.safe_globals([(_MADE_PLAIN.get(name, StandIn), name) for name in named]):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         reason = error.__context__ or error  # torch wraps what went wrong in advice

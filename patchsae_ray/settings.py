@@ -295,7 +295,7 @@ class CompareSettings(FolderSettings):
     low_k: int = 100
     """A latent is low where its count is below the smaller of both models' low_k-th largest."""
     example_latents: int = 6
-    """Latents shown with their top images, of those that fell and of those that rose."""
+    """Latents shown with their top images, of those that fell and of those that rose; 0 for none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -309,7 +309,7 @@ class CompareSettings(FolderSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings(RunSettings):
-    """The main job on the embedded default: train, extract, count per class and steer on Fashion-MNIST."""
+    """The main job on the embedded default: train, extract, count, steer, adapt and compare on Fashion-MNIST."""
 
     root_dir: str = "demo_run"
     """Folder or URI under which results go, in `out/` and `eval_outputs/`."""

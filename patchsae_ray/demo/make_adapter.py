@@ -57,7 +57,7 @@ def read_images(split: str, size: int) -> Images:
 
 
 def few(images: Images, shots: int, seed: int) -> tuple[Images, Images]:
-    """Some images of each class, and as many others to choose settings by."""
+    """Some images of each class, and up to 19 times as many others to choose settings by."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images.labels), generator=generator)
     rows = [order[images.labels[order] == label] for label in range(len(images.classnames))]

@@ -35,7 +35,7 @@ class CountsChange:
     rank_correlation: float
     """Spearman's, over the latents that are active in either; NaN where there are fewer than two."""
     shared: dict[int, float]
-    """k → share of the base's k largest that are among the adapted's k largest."""
+    """k → share of the base's k largest, as far as they are active, that are among the adapted's; NaN where none is."""
 
     def number(self, group: str) -> int:
         """How many latents are in a group."""
@@ -66,8 +66,13 @@ def compare_counts(
     (b, a), (of_base, of_adapted) = counts[:, latents], largest[:, latents]
     conditions = [(b >= high) & (a >= high), of_base & (a < low), of_adapted & (b < low)]
     groups = np.select(conditions, [0, 1, 2], default=3)
-    shared = {k: float(np.mean(ranks[1, order[0, :k]] < k)) for k in ks if k <= len(base)}
+    of_both = {k: ((ranks < k) & (counts > 0)) for k in ks if k <= len(base)}
+    shared = {k: _share(both.all(axis=0).sum(), both[0].sum()) for k, both in of_both.items()}
     return CountsChange(latents, groups, ranks[:, latents], spearman(counts[0], counts[1]), shared)
+
+
+def _share(part: int, whole: int) -> float:
+    return float(part / whole) if whole else float("nan")
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

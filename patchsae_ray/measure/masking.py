@@ -70,7 +70,9 @@ class MaskingAccuracy:
 
     def only(self, classes: slice) -> "MaskingAccuracy":
         """The same of some of the classes."""
-        return MaskingAccuracy.from_arrays({"counts": self.counts[:, classes]})
+        made = MaskingAccuracy(len(self.counts), 0)
+        made.counts = self.counts[:, classes]
+        return made
 
     def merge(self, other: "MaskingAccuracy") -> None:
         """Take in another's images."""
@@ -127,15 +129,16 @@ class MaskingAccuracy:
         )
 
     def to_arrays(self) -> Arrays:
-        """Everything as arrays."""
-        return {"counts": self.counts}
+        """Everything as arrays: of the counts, which are mostly 0, the others and their places."""
+        places = np.flatnonzero(self.counts)
+        return {"shape": np.array(self.counts.shape), "places": places, "numbers": self.counts.ravel()[places]}
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> "MaskingAccuracy":
         """The reverse of `to_arrays`."""
-        num_masked, num_classes, _, cells = arrays["counts"].shape
+        num_masked, num_classes, _, cells = arrays["shape"].tolist()
         made = cls(num_masked, num_classes, cells - 1)
-        made.counts = arrays["counts"]
+        made.counts.ravel()[arrays["places"]] = arrays["numbers"]
         return made
 
 

@@ -23,6 +23,8 @@ from patchsae_ray.names import ErrorTerm, Tokens
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.sae.ops import ActiveLatents, active_latents, masked_reconstructions, sparse_decode
 
+KS_AT_ONCE = 32
+"""Numbers of latents whose variants of an image are there at once; a longer list is gone through in parts."""
 VARIANT_BYTES = {"cpu": 2**24, "cuda": 2**31}
 """About as much of an image's masked residuals at once: near a CPU's cache, and few waits on a GPU."""
 
@@ -142,7 +144,7 @@ class Steerer:
         self._replaced = backbone.token_slice(settings.intervene)
         ranked_by_image = any(ranking.name == "image" for ranking in settings.rankings)
         self._encoded = slice(0, backbone.num_tokens) if ranked_by_image else self._replaced
-        variant_bytes = 4 * 2 * len(settings.ks) * backbone.num_tokens * backbone.width
+        variant_bytes = 4 * 2 * min(len(settings.ks), KS_AT_ONCE) * backbone.num_tokens * backbone.width
         self._images_at_once = max(1, VARIANT_BYTES[self._device] // variant_bytes)
 
     @torch.inference_mode()
@@ -205,18 +207,25 @@ class Steerer:
             right = [torch.zeros(len(residual), 2 * len(self._ks), dtype=torch.int64, device=self._device) for _ in range(2)]
             for ranks in self._ranker.ranks(ranking, labels.tolist(), predicted, means):
                 timer.mark("rank")
-                variants = masked_residuals(self._sae, residual, self._replaced, active, ranks, self._ks, rest)
-                timer.mark("decode_latents")
-                scores = self._scores(variants.flatten(0, 1)).view(*variants.shape[:2], -1)
+                scores = self._masked_scores(residual, active, ranks, rest, timer)
                 right[0] += self._right(scores, true)
                 right[1] += self._right(scores + half, true)
                 found += [scores] if self._settings.predictions else []
-                timer.mark("from_hook")
             for kept, without_sae, masked in zip((totals.accuracy, totals.in_half), untouched, right, strict=True):
                 kept[ranking.name].update(labels, without_sae, masked.cpu().numpy())
         if found:
             totals.add_predictions(_predictions(torch.cat(found, dim=1), positions, labels))
         timer.mark("reduce")
+
+    def _masked_scores(self, residual: Tensor, active: ActiveLatents, ranks: Tensor, rest: Tensor, timer: StageTimer) -> Tensor:
+        """[n, m, c] scores under every masked setting of one order."""
+        found = []
+        for ks in self._ks.split(KS_AT_ONCE):
+            variants = masked_residuals(self._sae, residual, self._replaced, active, ranks, ks, rest)
+            timer.mark("decode_latents")
+            found.append(self._scores(variants.flatten(0, 1)).view(*variants.shape[:2], -1))
+            timer.mark("from_hook")
+        return torch.cat(found, dim=1)
 
     @staticmethod
     def _right(scores: Tensor, true: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from patchsae_ray import figures_compare, storage
+from patchsae_ray.errors import UserError
 from patchsae_ray.measure.comparison import GROUPS, CountsChange, compare_counts
 from patchsae_ray.measure.masking import halves_of
 from patchsae_ray.pipelines.compare_page import page
@@ -52,10 +54,12 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
     Raises: UserError where a run is not there or the two do not compare, or the folder holds another comparison.
     """
     base, adapted = read_runs(settings)
+    if settings.classes != "all" and settings.classes not in base.summary["no_sae"]:
+        raise UserError(f"--classes {settings.classes}: the runs were steered without an image of these classes")
     uri = comparison_folder(settings)
     chosen = {name: getattr(settings, name) for name in ("classes", "high_k", "low_k", "example_latents")}
     identity = {"base": base.key(), "adapted": adapted.key(), **chosen}
-    folder = ResultFolder(uri, "compare", identity, dict.fromkeys(FILES, run_key(identity)))
+    folder = ResultFolder(uri, "compare", identity, dict.fromkeys(FILES, run_key(identity)), elsewhere="")
     if folder.done():
         log.info("compare: done already, nothing to do; results in %s", uri)
         return dict(folder.record()["summary"])
@@ -182,7 +186,14 @@ def _summary(
             {f"{c} by {n}" for c, n in zip(conditions["classifier"], conditions["counts"], strict=True)}
         ),
     }
-    return {"finding": finding(found, conditions), **found}
+    return without_nan({"finding": finding(found, conditions), **found})
+
+
+def without_nan(value: Any) -> Any:
+    """The same with None for what has no value, as JSON has it."""
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def finding(summary: Mapping[str, Any], conditions: pd.DataFrame) -> str:
@@ -193,18 +204,19 @@ def finding(summary: Mapping[str, Any], conditions: pd.DataFrame) -> str:
     looked_at = sum(groups.values())
     shares = {group: 100 * number / looked_at if looked_at else 0.0 for group, number in groups.items()}
     which = {"all": "", "base": " on the base classes", "novel": " on the novel classes"}[part]
+    correlation = summary["rank_correlation"]["mean_over_classes"]
+    correlated = "" if math.isnan(correlation) else f" (rank correlation of the counts {correlation:.3f})"
     said = (
         f"With {adapter} accuracy{which} goes from {before:.2f} % to {after:.2f} % ({after - before:+.2f} points); of a "
         f"class's leading latents {shares['high in both']:.0f} % stay high, {shares['high to low']:.1f} % fall and "
-        f"{shares['low to high']:.1f} % rise (rank correlation of the counts "
-        f"{summary['rank_correlation']['mean_over_classes']:.3f})."
+        f"{shares['low to high']:.1f} % rise{correlated}."
     )
     swapped = swapping(conditions)
     return said if swapped is None else f"{said} {swapped}"
 
 
 def swapping(conditions: pd.DataFrame) -> str | None:
-    """What it costs to rank by the other model's counts, at the k where keeping few latents leaves most to lose."""
+    """What ranking by the other model's counts changes, at the k where it changes most."""
     on = conditions[conditions["switch"] == "on"].pivot_table(index="k", columns=["classifier", "counts"], values="percent")
     wanted = [("adapted", "adapted"), ("adapted", "base")]
     if any(column not in on for column in wanted):
@@ -219,32 +231,33 @@ def swapping(conditions: pd.DataFrame) -> str | None:
 
 def _files(found: Comparison, settings: CompareSettings) -> dict[str, bytes]:
     examples = _examples(found.latents, settings.example_latents)
+    images = images_of(found.base, settings.base_root_dir or settings.root_dir) if len(examples) else None
     figures = {
         "groups.png": figures_compare.groups(found.classes, found.adapted.vit_type),
         "counts.png": figures_compare.counts(found.latents, found.adapted.vit_type),
         "steering.png": figures_compare.conditions(found.conditions, found.summary, found.adapted.vit_type),
-        "examples.png": figures_compare.examples(
-            examples, found.base.top, found.adapted.top, images_of(found.base), found.adapted.vit_type
-        ),
+        "examples.png": figures_compare.examples(examples, found.base.top, found.adapted.top, images, found.adapted.vit_type),
     }
     tables = {"classes": found.classes, "latents": found.latents}
+    text = page(found.summary, found.classes, found.conditions, figures, found.base, found.adapted, len(examples))
     return {
-        "summary.json": (json.dumps(found.summary, indent=1) + "\n").encode(),
+        "summary.json": (json.dumps(found.summary, indent=1, allow_nan=False) + "\n").encode(),
         **{f"{name}.csv": table.to_csv(index=False).encode() for name, table in tables.items()},
         **{f"{name}.parquet": _parquet(table) for name, table in tables.items()},
         "conditions.csv": found.conditions.to_csv(index=False).encode(),
         **figures,
-        PAGE_FILE: page(found.summary, found.classes, found.conditions, figures, found.base, found.adapted).encode(),
+        PAGE_FILE: text.encode(),
     }
 
 
 def _examples(latents: pd.DataFrame, number: int) -> pd.DataFrame:
-    """Of each direction the pairs of class and latent whose counts moved furthest, each latent once."""
-    moved = latents.assign(by=(latents["count_adapted"] - latents["count_base"]).abs())
-    parts = [
-        moved[moved["group"] == group].sort_values("by", ascending=False, kind="stable").drop_duplicates("latent").head(number)
-        for group in ("high to low", "low to high")
-    ]
+    """Of each direction the pairs of class and latent whose counts moved furthest, each latent once, those that fell or rose by
+    the rule before others."""
+    moved = latents.assign(by=latents["count_adapted"] - latents["count_base"])
+    parts = []
+    for group, part in (("high to low", moved[moved["by"] < 0]), ("low to high", moved[moved["by"] > 0])):
+        ranked = part.assign(other=part["group"] != group, far=-part["by"].abs()).sort_values(["other", "far"], kind="stable")
+        parts.append(ranked.drop_duplicates("latent").head(number))
     return pd.concat(parts)
 
 
@@ -257,8 +270,9 @@ def _parquet(table: pd.DataFrame) -> bytes:
 def _metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     """For MLflow, under stable names."""
     metrics = {f"latents_{group.replace(' ', '_')}": value for group, value in summary["latents_a_class"].items()}
-    metrics.update({f"shared_{k}": value for k, value in summary["shared"].items()})
-    metrics.update({f"rank_correlation_{name}": value for name, value in summary["rank_correlation"].items()})
+    metrics.update({f"shared_{k}": value for k, value in summary["shared"].items() if value is not None})
+    correlations = summary["rank_correlation"].items()
+    metrics.update({f"rank_correlation_{name}": value for name, value in correlations if value is not None})
     for part, models in summary["accuracy"].items():
         metrics.update({f"accuracy_{part}_{name}": found["percent"] for name, found in models.items()})
     return metrics

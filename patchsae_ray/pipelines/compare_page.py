@@ -1,7 +1,7 @@
 """The page of a comparison: one HTML file with its figures inside, to read and to send on."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
@@ -25,7 +25,7 @@ code { background: #f3f3f3; padding: 0 .25rem; overflow-wrap: anywhere; }
 
 def page(
     summary: Mapping[str, Any], classes: pd.DataFrame, conditions: pd.DataFrame, figures: Mapping[str, bytes],
-    base: ModelRun, adapted: ModelRun,
+    base: ModelRun, adapted: ModelRun, examples: int,
 ) -> str:  # fmt: skip
     """The whole page."""
     part = {"all": "all classes", "base": "the base classes", "novel": "the novel classes"}[summary["classes"]]
@@ -47,8 +47,7 @@ def page(
         _rule(summary),
         _figure(figures["groups.png"], "latents that fell and rose, by class"),
         _figure(figures["counts.png"], "counts with plain and with adapted CLIP"),
-        "<h2>The furthest movers</h2>",
-        _figure(figures["examples.png"], "top images of latents that fell or rose"),
+        *_movers(figures, examples),
         "<h2>Class by class</h2>",
         _table(_classes(classes)),
         f"<p class=small>{_more(classes)}The whole tables are in <code>classes.csv</code> and <code>latents.csv</code> "
@@ -64,6 +63,12 @@ def page(
     )
 
 
+def _movers(figures: Mapping[str, bytes], examples: int) -> list[str]:
+    if not examples:
+        return []
+    return ["<h2>The furthest movers</h2>", _figure(figures["examples.png"], "top images of the latents that moved furthest")]
+
+
 def _figure(png: bytes, words: str) -> str:
     return f"<p><img alt='{escape(words)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'></p>"
 
@@ -72,6 +77,11 @@ def _table(rows: pd.DataFrame) -> str:
     head = "".join(f"<th>{escape(str(name))}</th>" for name in rows.columns)
     lines = ("".join(f"<td>{escape(str(value))}</td>" for value in row) for row in rows.itertuples(index=False))
     return f"<div class=scroll><table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+
+
+def _number(form: str) -> Callable[[float], str]:
+    """A number as text; a dash where there is none."""
+    return lambda value: "–" if pd.isna(value) else form.format(value)
 
 
 def _estimate(found: Mapping[str, float]) -> str:
@@ -93,13 +103,12 @@ def _accuracy(summary: Mapping[str, Any], adapter: str) -> pd.DataFrame:
 
 
 def _conditions(conditions: pd.DataFrame) -> pd.DataFrame:
-    """A row a k; a column a classifier, counts and switch."""
-    named = conditions.assign(
-        column=conditions["classifier"] + " by " + conditions["counts"] + "'s counts, " + conditions["switch"],
-        shown=conditions["percent"].map("{:.2f}".format),
-    )
-    order = list(dict.fromkeys(named["column"]))
-    wide = named.pivot_table(index="k", columns="column", values="shown", aggfunc="first")[order]
+    """A row a k; a column a classifier, the counts that rank, and switch."""
+    model = {"base": "plain", "adapted": "adapted"}
+    classifier, counts = conditions["classifier"].map(model), conditions["counts"].map(model)
+    column = classifier + " classifier, " + counts + " counts, " + conditions["switch"]
+    named = conditions.assign(column=column, shown=conditions["percent"].map(_number("{:.2f}")))
+    wide = named.pivot_table(index="k", columns="column", values="shown", aggfunc="first")[list(dict.fromkeys(column))]
     return wide.reset_index().assign(k=lambda table: table["k"].map("{:,}".format))
 
 
@@ -119,14 +128,14 @@ def _classes(classes: pd.DataFrame) -> pd.DataFrame:
     columns = {
         "class": shown["name"],
         "half": shown["half"],
-        "plain CLIP, %": shown["accuracy_base"].map("{:.2f}".format),
-        "adapted, %": shown["accuracy_adapted"].map("{:.2f}".format),
-        "change": shown["accuracy_change"].map("{:+.2f}".format),
+        "plain CLIP, %": shown["accuracy_base"].map(_number("{:.2f}")),
+        "adapted, %": shown["accuracy_adapted"].map(_number("{:.2f}")),
+        "change": shown["accuracy_change"].map(_number("{:+.2f}")),
         **{group: shown[group.replace(" ", "_")] for group in GROUPS},
-        "rank correlation": shown["rank_correlation"].map("{:.3f}".format),
+        "rank correlation": shown["rank_correlation"].map(_number("{:.3f}")),
     }
     shared = {
-        name.replace("_", " top "): shown[name].map("{:.0%}".format) for name in shown.columns if name.startswith("shared_")
+        name.replace("_", " top "): shown[name].map(_number("{:.0%}")) for name in shown.columns if name.startswith("shared_")
     }
     return pd.DataFrame({**columns, **shared})
 

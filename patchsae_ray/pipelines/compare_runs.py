@@ -20,8 +20,11 @@ from patchsae_ray.pipelines.steer_outputs import HALVES_FILE, SUMMARY_FILE
 from patchsae_ray.settings import CompareSettings
 
 TOP_FILE = "max_activating_image_indices.pt"
-_SAME_FEATURES = ("sae", "clip", "block_layer", "manifest", "classnames", "tokens", "threshold")
-_SAME_STEERING = ("sae", "clip", "manifest", "classnames", "ks", "intervene", "error_term", "output_offset")
+_SAME_MODEL = ("sae", "clip", "block_layer", "quick_gelu", "precision", "manifest", "classnames")
+_SAME = {
+    "features": (*_SAME_MODEL, "tokens", "threshold"),
+    "steering": (*_SAME_MODEL, "ks", "intervene", "error_term", "output_offset"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ def read_runs(settings: CompareSettings) -> tuple[ModelRun, ModelRun]:
     """
     base = read_run(settings.base_root_dir or settings.root_dir, "base", settings.dataset_name)
     adapted = read_run(settings.root_dir, settings.vit_type, settings.dataset_name)
-    for what, keys in (("features", _SAME_FEATURES), ("steering", _SAME_STEERING)):
-        first, second = (dict(getattr(run, what)["identity"]) for run in (base, adapted))
+    for what, keys in _SAME.items():
+        first, second = (_compared(getattr(run, what)["identity"]) for run in (base, adapted))
         for key in keys:
             if first.get(key) != second.get(key):
                 raise UserError(
@@ -65,6 +68,12 @@ def read_runs(settings: CompareSettings) -> tuple[ModelRun, ModelRun]:
                     f"and {_short(second.get(key))} here; run one of them again"
                 )
     return base, adapted
+
+
+def _compared(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity as far as it matters here: the counts compared are those of the first threshold."""
+    first = str(identity["threshold"]).split(",")[0] if "threshold" in identity else None
+    return {**identity, "threshold": first}
 
 
 def read_run(root: str, vit_type: str, dataset: str) -> ModelRun:
@@ -112,11 +121,11 @@ def _finished(folder: str, name: str, job: str, vit_type: str) -> dict[str, Any]
     return record
 
 
-def images_of(run: ModelRun) -> Manifest | None:
-    """The images that the features were made of, where they can still be read and are the same."""
+def images_of(run: ModelRun, root: str) -> Manifest | None:
+    """The images that the features under a root were made of, where they can still be read and are the same."""
     made = run.features["settings"]
     try:
-        manifest = open_dataset(made["dataset_name"], made["dataset_path"], made["split"], made["classnames"])
+        manifest = open_dataset(made["dataset_name"], made["dataset_path"], made["split"], made["classnames"], root)
     except UserError:
         return None
     return manifest if manifest.digest == run.features["identity"]["manifest"] else None

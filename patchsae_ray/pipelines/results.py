@@ -31,10 +31,10 @@ class ResultFolder:
 
     Args:
         uri: local folder or URI.
-        job: train, extract, class_latents or steer.
+        job: train, extract, class_latents, steer or compare.
         identity: what the results depend on; its digest is the run key.
         outputs: file name → the key that it must carry to be this run's (the run key, or that of a part of it).
-        elsewhere: the flags that would put another run's results into another folder.
+        elsewhere: the flags that would put another run's results into another folder; empty where none would.
     """
 
     uri: str
@@ -81,9 +81,10 @@ class ResultFolder:
             entry = self._entry(name)
             mine = entry["key"] == key if entry else pending.get(name) == key
             if not mine and not overwrite and storage.exists(storage.join(self.uri, name)):
+                keeps = f", another {self.elsewhere} would keep both" if self.elsewhere else ""
                 raise UserError(
                     f"{storage.join(self.uri, name)} is another run's ({self._difference(name)}); "
-                    f"--overwrite would replace it, another {self.elsewhere} would keep both"
+                    f"--overwrite would replace it{keeps}"
                 )
 
     def _entry(self, name: str) -> dict[str, Any] | None:
@@ -194,6 +195,17 @@ def read_run_file(folder: str) -> dict[str, Any]:
     return _parse(storage.read_bytes(uri) if storage.exists(uri) else None, uri)
 
 
+def _read_ours(folder: str) -> dict[str, Any]:
+    """run.json of a folder, empty where it is not one of ours: beside files from elsewhere it may be anything."""
+    uri = storage.join(folder, RUN_FILE)
+    try:
+        state = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
+    except ValueError:
+        return {}
+    ours = isinstance(state, dict) and isinstance(state.get("format"), int) and "runs" in state
+    return read_run_file(folder) if ours else {}
+
+
 def _parse(data: bytes | None, uri: str) -> dict[str, Any]:
     if data is None:
         return {}
@@ -209,7 +221,7 @@ def _parse(data: bytes | None, uri: str) -> dict[str, Any]:
 def record_of_file(uri: str) -> dict[str, Any] | None:
     """The record of the run that made a file, by the run.json beside it; None where nothing is said of it."""
     folder, name = posixpath.split(uri)
-    state = read_run_file(folder or ".")
+    state = _read_ours(folder or ".")
     entry = state.get("files", {}).get(name)
     record = state.get("runs", {}).get(entry["job"]) if entry else None
     return dict(record) if record else None

@@ -9,6 +9,7 @@ import ray
 
 from patchsae_ray import storage
 from patchsae_ray.errors import UserError
+from patchsae_ray.measure.masking import RESAMPLES
 from patchsae_ray.measure.rankings import Ranking, parse_rankings
 from patchsae_ray.measure.steering import SteeringSettings, SteeringTotals
 from patchsae_ray.pipelines import cluster
@@ -77,6 +78,11 @@ def read_steer_inputs(settings: SteerSettings) -> SteerInputs:
         raise UserError(f"{manifest.source} names no classes: --classnames FILE is needed for the zero-shot classifier")
     if manifest.num_classes > len(manifest.classnames):
         raise UserError(f"{manifest.source} has {manifest.num_classes} labels, but {len(manifest.classnames)} class names")
+    if settings.intervene == "patch" and model.block_layer == model.config.layers - 1:
+        raise UserError(
+            "--intervene patch: after the last block only the CLS token is read, so nothing would change; "
+            "cls, image or all would be right, or an earlier --block_layer"
+        )
     ks = parse_topk(settings.topk, model.autoencoder.d_sae)
     if settings.predictions:
         check_predictions_fit(manifest.num_images, rankings, ks)
@@ -97,6 +103,10 @@ def _check_counts_given(settings: SteerSettings, rankings: tuple[Ranking, ...]) 
         raise UserError(
             "--cross_counts, another model's cls_sae_cnt.npy, and --rank_by cross go together: give both or neither"
         )
+    if not wanting and not crossed and settings.counts_orientation != "auto":
+        raise UserError(
+            f"--counts_orientation has no use with --rank_by {settings.rank_by}, which reads no counts: leave it out"
+        )
     if not wanting and settings.cls_wise_sae_activation_path:
         raise UserError(f"--cls_wise_sae_activation_path has no use with --rank_by {settings.rank_by}: leave it out")
 
@@ -116,6 +126,7 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
 
     def work(session: Session) -> Made:
         totals, kept = run_steering(settings, inputs, session)
+        log.info("steer: intervals from %s resamples", f"{RESAMPLES:,}")
         summary, curves = summarise(totals, inputs.steering, inputs.manifest, settings.seed)
         sources = {"counts": settings.cls_wise_sae_activation_path, "cross_counts": settings.cross_counts}
         records = {name: record_of_file(path) for name, path in sources.items() if path}

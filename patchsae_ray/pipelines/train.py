@@ -150,7 +150,9 @@ def images_to_train_on(settings: TrainSettings, model: LoadedModel) -> int:
     if settings.total_training_tokens is None:
         return settings.total_training_images or PATCHSAE_TOTAL_IMAGES
     patches = model.config.num_patches
-    tokens = {"all": patches + 1, "image": patches + 1, "patch": patches, "cls": 1}[settings.tokens]
+    tokens = {"all": patches + 1 + model.adapter.num_prompt_tokens, "image": patches + 1, "patch": patches, "cls": 1}[
+        settings.tokens
+    ]
     return math.ceil(settings.total_training_tokens / tokens)
 
 

@@ -121,9 +121,12 @@ def test_other_class_names_than_those_of_training(clip: tuple[BackboneConfig, St
 
 def test_a_file_of_maples_own_trainer(clip: tuple[BackboneConfig, StateDict], tmp_path: Path) -> None:
     parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3)
     optimiser = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
     optimiser.step()
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 5)
+    assert optimiser.state, "there is a momentum"
+    # its warm-up schedule keeps the cosine schedule, which keeps the optimiser with its state
+    schedule = {"successor": torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 5), "last_epoch": 1}
     path = saved(tmp_path, state(), optimizer=optimiser.state_dict(), scheduler=schedule, path=Path("x"))
     with pytest.raises(Exception, match="Weights only load failed"):
         torch.load(path, weights_only=True)
@@ -172,7 +175,9 @@ def test_the_identity_knows_prompts_and_text(clip: tuple[BackboneConfig, StateDi
     plain = read(clip).identity()
     moved = {**state(), "prompt_learner.ctx": state()["prompt_learner.ctx"] + 0.25}
     assert read(clip, saved(tmp_path, moved)).identity() != plain
-    assert read(clip, CHECKPOINT, config_file(tmp_path, CTX_INIT="a picture of a")).identity() != plain
+    other_words = read(clip, CHECKPOINT, config_file(tmp_path, CTX_INIT="a picture of a"))
+    assert other_words.identity() == plain, "the words reach the text tower alone"
+    assert other_words.text_identity() != read(clip).text_identity()
     assert read(clip, CHECKPOINT, config_file(tmp_path, PREC="fp32", ELSE=[1])).identity() == plain
 
 
@@ -184,6 +189,15 @@ def test_long_prompts_begin_with_x(clip: tuple[BackboneConfig, StateDict], tmp_p
     assert read(clip, CHECKPOINT, config_file(tmp_path, CTX_INIT="")).settings.prefix == "X X"  # type: ignore[attr-defined]
 
 
+DEEP = {
+    f"prompt_learner.{name}": tensor
+    for index in (2, 3)
+    for name, tensor in {
+        f"compound_prompts_text.{index}": torch.zeros(2, 64),
+        f"compound_prompt_projections.{index}.weight": torch.zeros(128, 64),
+        f"compound_prompt_projections.{index}.bias": torch.zeros(128),
+    }.items()
+}
 WIDE = {"prompt_learner.ctx": torch.zeros(2, 512)}
 
 
@@ -200,7 +214,7 @@ WIDE = {"prompt_learner.ctx": torch.zeros(2, 512)}
         ({}, {"PROMPT_DEPTH": 9}, r"maple\.yaml says PROMPT_DEPTH 9, .*model\.pth\.tar-7 has prompts to a depth of 3"),
         ({}, {"N_CTX": 4}, r"maple\.yaml says N_CTX 4, .*model\.pth\.tar-7 has 2"),
         ({}, {"N_CTX": "two"}, r"N_CTX is 'two'; a whole number from 1"), ({}, {"PROMPT_DEPTH": 0}, "PROMPT_DEPTH is 0"),
-        ({}, {"CTX_INIT": 5}, "CTX_INIT is 5; text"),
+        ({}, {"CTX_INIT": 5}, "CTX_INIT is 5; text"), (DEEP, {"PROMPT_DEPTH": 5}, "depth of 5, .* has 4 blocks"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit(
@@ -214,6 +228,9 @@ def test_what_does_not_fit(
 def test_files_of_another_kind(clip: tuple[BackboneConfig, StateDict], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no MaPLe checkpoint: its state_dict has no prompt_learner\.ctx"):
         read(clip, GOLDEN / "sae.pt")
+    torch.save({"state_dict": torch.zeros(3)}, tmp_path / "tensor")
+    with pytest.raises(UserError, match="no MaPLe checkpoint"):
+        read(clip, tmp_path / "tensor")
     with pytest.raises(UserError, match="is not a whole torch checkpoint"):
         read(clip, WEIGHTS)
     with pytest.raises(UserError, match=r"TRAINER\.MAPLE is missing"):

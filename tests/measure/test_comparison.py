@@ -48,7 +48,9 @@ def test_latents_that_are_never_active_are_never_high() -> None:
     found = compare_counts(base, adapted)
     assert found.latents.tolist() == [0, 2]
     assert [GROUPS[group] for group in found.groups] == ["high to low", "low to high"]
-    nothing = compare_counts(np.zeros(4), np.zeros(4))
+    assert compare_counts(base, adapted, ks=(3,)).shared == {3: 0.0}, "a latent that is active in neither is not shared"
+    nothing = compare_counts(np.zeros(4), np.zeros(4), ks=(3,))
+    assert np.isnan(nothing.shared[3])
     assert not len(nothing.latents)
     assert np.isnan(nothing.rank_correlation)
 

@@ -123,6 +123,7 @@ def test_batches_and_chunks_change_nothing(
 ) -> None:
     many = steer(backbone, sae, ranker, unit)
     monkeypatch.setitem(steering.VARIANT_BYTES, "cpu", 1)
+    monkeypatch.setattr(steering, "KS_AT_ONCE", 2)
     one = steer(backbone, sae, ranker, unit, batch_size=7)
     first, second = many.predictions(), one.predictions()
     assert first is not None

@@ -160,3 +160,17 @@ def test_what_does_not_compare(run_command: JobRunner, root: Path, tmp_path: Pat
     refused = run_command("compare", mixed, "--dataset_name", "golden")
     assert refused.code == 2
     assert "the steering of base and of maple do not compare: error_term is none there and add here" in refused.err
+
+
+def test_training_on_adapted_clip(run_command: JobRunner, tmp_path: Path) -> None:
+    data = ["--dataset_name", "golden", "--dataset_path", str(GOLDEN / "images")]
+    model = ["--backbone", str(GOLDEN / "clip.json"), "--clip_weights", str(GOLDEN / "clip.safetensors"), *MAPLE]
+    length = ["--total_training_tokens", str(2 * 32 * 19), "--batch_size", "32", "--expansion_factor", "2"]
+    done = run_command("train", tmp_path, *data, *model, *length, "--run_name", "adapted")
+    assert done.code == 0, done.err
+    assert "adapted with MaPLe" in done.out
+    assert "train: 64 images in 2 steps of 32" in done.out, "prompt tokens are tokens"
+    state = torch.load(tmp_path / "out" / "checkpoints" / "adapted" / "sae.pt", weights_only=True)["state_dict"]
+    assert state["W_enc"].shape == (128, 256)
+    record = json.loads((tmp_path / "out" / "checkpoints" / "adapted" / "run.json").read_text())["runs"]["train"]
+    assert record["identity"]["vit_type"] == "maple"

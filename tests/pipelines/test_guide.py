@@ -33,23 +33,30 @@ def guide(ray_head: RayHead, home: Path, job: str, *flags: str) -> str:
     return done.stdout
 
 
-def test_the_guides_commands(ray_head: RayHead, home: Path) -> None:
+@pytest.fixture(scope="module")
+def plain(ray_head: RayHead, home: Path) -> Path:
+    """The folder after the guide's commands with plain CLIP."""
     # The guide's training command has no flags; the length alone is cut here, and run_name names the folder.
     guide(ray_head, home, "train", "--total_training_images", "12000", "--run_name", "guide")
     sae = ["--sae_path", "out/checkpoints/guide/sae.pt"]
     data = ["--root_dir", "./", "--dataset_name", "demo"]
     guide(ray_head, home, "extract", *data, *sae, "--vit_type", "base")
+    out = guide(ray_head, home, "class_latents", *data, "--threshold", "0.2", *sae, "--vit_type", "base")
+    assert "done already" in out
+    counts = ["--cls_wise_sae_activation_path", "out/feature_data/base/demo/cls_sae_cnt.npy"]
+    guide(ray_head, home, "steer", *data, *sae, *counts)
+    return home
+
+
+def test_the_guides_commands(plain: Path) -> None:
+    home = plain
     features = home / "out" / "feature_data" / "base" / "demo"
     for name in (
         "max_activating_image_indices", "max_activating_image_label_indices", "max_activating_image_values",
         "sae_mean_acts", "sae_sparsity",
     ):  # fmt: skip
         assert len(torch.load(features / f"{name}.pt", weights_only=True)) == 1024
-    out = guide(ray_head, home, "class_latents", *data, "--threshold", "0.2", *sae, "--vit_type", "base")
-    assert "done already" in out
     assert np.load(features / "cls_sae_cnt.npy").shape == (1024, 10)
-    counts = ["--cls_wise_sae_activation_path", "out/feature_data/base/demo/cls_sae_cnt.npy"]
-    guide(ray_head, home, "steer", *data, *sae, *counts)
     metrics = pd.read_csv(home / "eval_outputs" / "base" / "demo" / "metrics.csv", index_col="masking")
     assert list(metrics.index[-2:]) == ["on_1024", "off_1024"]
     assert metrics.loc["no_sae"].mean() > 85
@@ -60,28 +67,35 @@ def test_the_guides_commands(ray_head: RayHead, home: Path) -> None:
     assert record["identity"]["sae"] == extracted["identity"]["sae"]
 
 
-def test_the_guides_commands_for_adapted_clip(ray_head: RayHead, home: Path) -> None:
+@pytest.fixture(scope="module")
+def adapted(ray_head: RayHead, plain: Path) -> Path:
+    """The same folder after the guide's commands with adapted CLIP, and the comparison."""
+    home = plain
     data = ["--root_dir", "./", "--dataset_name", "demo", "--sae_path", "out/checkpoints/guide/sae.pt"]
     maple = ["--vit_type", "maple", "--model_path", str(ADAPTER_WEIGHTS), "--config_path", str(ADAPTER_CONFIG)]
     guide(ray_head, home, "extract", *data, *maple)
     out = guide(ray_head, home, "class_latents", *data, "--threshold", "0.2", *maple)
     assert "done already" in out
     counts = "out/feature_data/maple/demo/cls_sae_cnt.npy"
-    assert np.load(home / counts).shape == (1024, 10)
     guide(ray_head, home, "steer", *data, "--cls_wise_sae_activation_path", counts, *maple)
-    metrics = pd.read_csv(home / "eval_outputs" / "maple" / "demo" / "metrics.csv", index_col="masking")
-    assert metrics.loc["no_sae"].mean() > 85
-    assert metrics.loc["off_1024"].mean() < 15
     out = guide(ray_head, home, "compare", "--root_dir", "./", "--dataset_name", "demo")
     assert "With maple accuracy goes from" in out
+    return home
+
+
+def test_the_guides_commands_for_adapted_clip(adapted: Path) -> None:
+    assert np.load(adapted / "out/feature_data/maple/demo/cls_sae_cnt.npy").shape == (1024, 10)
+    metrics = pd.read_csv(adapted / "eval_outputs" / "maple" / "demo" / "metrics.csv", index_col="masking")
+    assert metrics.loc["no_sae"].mean() > 85
+    assert metrics.loc["off_1024"].mean() < 15
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
 @pytest.mark.parametrize("width", [1200, 420])
-def test_the_page_reads_well_in_a_browser(home: Path, width: int) -> None:
+def test_the_page_reads_well_in_a_browser(adapted: Path, width: int) -> None:
     from playwright.sync_api import sync_playwright
 
-    page_file = home / "out" / "compare" / "maple" / "demo" / "all" / "compare.html"
+    page_file = adapted / "out" / "compare" / "maple" / "demo" / "all" / "compare.html"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]

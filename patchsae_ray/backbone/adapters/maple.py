@@ -46,7 +46,7 @@ class MapleSettings:
     prompt_depth: int
     """Blocks of each tower that get prompts of their own."""
     prec: str
-    """Precision that it was trained in; the run's own is --precision."""
+    """Precision that it was trained in, for the log; the run's own is --precision."""
 
     @property
     def prefix(self) -> str:
@@ -84,7 +84,8 @@ def read_learner(path: str) -> tuple[StateDict, StateDict]:
     """
     loaded = load_inert(path, storage.read_bytes(path), lambda name: True, "tensors")
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None
-    tensors = {str(name).removeprefix("module."): value for name, value in (state or {}).items() if isinstance(value, Tensor)}
+    found = state.items() if isinstance(state, dict) else ()
+    tensors = {str(name).removeprefix("module."): value for name, value in found if isinstance(value, Tensor)}
     learner = {name.removeprefix(_LEARNER): value for name, value in tensors.items() if name.startswith(_LEARNER)}
     learner = {name: value for name, value in learner.items() if name not in _MADE_AGAIN}
     if not learner:
@@ -112,7 +113,7 @@ class Maple(Adapter):
             raise UserError(f"{missing} is needed with --vit_type maple: MaPLe's checkpoint and its yaml")
         settings = read_settings(files.config_path)
         learner, rest = read_learner(files.model_path)
-        _check_depth(learner, settings, files)
+        _check_depth(learner, settings, config, files)
         _check_shapes(learner, settings, config, files)
         _check_frozen(rest, clip, files.model_path)
         tensors = {name: value.to(torch.float32).contiguous().numpy() for name, value in learner.items()}
@@ -122,16 +123,15 @@ class Maple(Adapter):
 
     def identity(self) -> dict[str, Any]:
         parts = [part for name in sorted(self.tensors) for part in (name, self.tensors[name])]
-        settings = self.settings
-        said = f"{settings.n_ctx} {settings.prefix!r} {settings.prompt_depth}"
-        return {"vit_type": "maple", "adapter": storage.digest([said, *parts])}
+        return {"vit_type": "maple", "adapter": storage.digest(parts)}
 
     def text_identity(self) -> dict[str, Any]:
-        return {}
+        return {"prompt": self.settings.prefix}
 
     def describe(self) -> str:
         settings = self.settings
-        return f"MaPLe {self._source}, {settings.n_ctx} prompt tokens to a depth of {settings.prompt_depth}"
+        prompts = f"{settings.n_ctx} prompt tokens to a depth of {settings.prompt_depth}"
+        return f"MaPLe {self._source}, {prompts}, trained in {settings.prec}"
 
     def backbone(self, config: BackboneConfig, vision: StateDict, block_layer: int) -> Backbone:
         return MapleBackbone(build_vision(config, vision), config, block_layer, self.vision_prompts())
@@ -211,7 +211,7 @@ class MapleBackbone(Backbone):
         return torch.cat([x[:, : -self.num_prompt_tokens], prompts], dim=1)
 
 
-def _check_depth(learner: StateDict, settings: MapleSettings, files: AdapterFiles) -> None:
+def _check_depth(learner: StateDict, settings: MapleSettings, config: BackboneConfig, files: AdapterFiles) -> None:
     """See that yaml and checkpoint speak of the same number and depth of prompts."""
     numbers = [int(found[1]) for found in (re.fullmatch(r"compound_prompts_text\.(\d+)", name) for name in learner) if found]
     depth = 1 + max(numbers, default=-1) + 1
@@ -219,6 +219,11 @@ def _check_depth(learner: StateDict, settings: MapleSettings, files: AdapterFile
         raise UserError(
             f"--config_path {files.config_path} says PROMPT_DEPTH {settings.prompt_depth}, "
             f"--model_path {files.model_path} has prompts to a depth of {depth}"
+        )
+    if depth > config.layers:
+        raise UserError(
+            f"--model_path {files.model_path} has prompts to a depth of {depth}, "
+            f"--backbone {config.name} has {config.layers} blocks"
         )
     ctx = learner.get("ctx")
     if ctx is not None and ctx.ndim == 2 and len(ctx) != settings.n_ctx:
