@@ -44,7 +44,7 @@ def plain(ray_head: RayHead, home: Path) -> Path:
     out = guide(ray_head, home, "class_latents", *data, "--threshold", "0.2", *sae, "--vit_type", "base")
     assert "done already" in out
     counts = ["--cls_wise_sae_activation_path", "out/feature_data/base/demo/cls_sae_cnt.npy"]
-    guide(ray_head, home, "steer", *data, *sae, *counts)
+    guide(ray_head, home, "steer", *data, *sae, *counts, "--split", "test")
     return home
 
 
@@ -77,7 +77,7 @@ def adapted(ray_head: RayHead, plain: Path) -> Path:
     out = guide(ray_head, home, "class_latents", *data, "--threshold", "0.2", *maple)
     assert "done already" in out
     counts = "out/feature_data/maple/demo/cls_sae_cnt.npy"
-    guide(ray_head, home, "steer", *data, "--cls_wise_sae_activation_path", counts, *maple)
+    guide(ray_head, home, "steer", *data, "--cls_wise_sae_activation_path", counts, *maple, "--split", "test")
     out = guide(ray_head, home, "compare", "--root_dir", "./", "--dataset_name", "demo")
     assert "With maple accuracy goes from" in out
     return home
