@@ -210,6 +210,17 @@ def test_square_counts_ask_for_the_orientation(refused: Refused, tmp_path: Path)
     refused("steer", [*flags, "--cls_wise_sae_activation_path", counts], "--counts_orientation")
 
 
+def test_options_that_would_do_nothing(refused: Refused, tmp_path: Path) -> None:
+    last = tmp_path / "last.pt"
+    last.write_bytes(torch_bytes(make_sae(128, 64, 1), {"model_name": "tiny-clip", "block_layer": -1}))
+    flags = changed(golden_flags(), sae_path=str(last))
+    refused(
+        "steer", [*flags, "--rank_by", "image", "--intervene", "patch"], "--intervene patch: after the last block only the CLS"
+    )
+    unread = ["--rank_by", "image", "--counts_orientation", "latents_first"]
+    refused("steer", [*golden_flags(), *unread], "--counts_orientation has no use with --rank_by image")
+
+
 @pytest.mark.parametrize(
     ("made_for", "message"), [({"sae": "other"}, "another SAE"), ({"classnames": ["x"] * 6}, "another class list")]
 )
