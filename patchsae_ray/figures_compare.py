@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.figures import apart, class_name, png, thumbnails
-from patchsae_ray.measure.comparison import GROUPS
+from patchsae_ray.measure.comparison import GROUPS, column_of
 
 COLOURS = dict(zip(GROUPS, ("#7a7a7a", "#d55e00", "#0072b2", "#d0d0d0"), strict=True))
 MAX_CLASSES = 40
@@ -39,11 +39,6 @@ def groups(classes: pd.DataFrame, adapter: str) -> bytes:
     axes.set_title(f"Leading latents with plain CLIP and with {adapter}{most}", fontsize=10)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     return png(figure)
-
-
-def column_of(group: str) -> str:
-    """The column of `classes` that counts a group's latents."""
-    return group.replace(" ", "_")
 
 
 def counts(latents: pd.DataFrame, adapter: str) -> bytes:

@@ -100,7 +100,7 @@ def test_model_that_does_not_fit(refused: Refused, tmp_path: Path) -> None:
     refused("extract", changed(golden_flags(), block_layer="-1"), "was trained at block_layer -2")
     refused("extract", changed(golden_flags(), vit_type="maple"), "--model_path is needed with --vit_type maple")
     refused("extract", changed(golden_flags(), vit_type="mapel"), "--vit_type mapel: one of base, maple would be right")
-    refused("extract", changed(golden_flags(), model_path="x.pt"), "go with another --vit_type (maple)")
+    refused("extract", changed(golden_flags(), model_path="x.pt"), "go with another --vit_type than base")
     refused("train", ["--vit_type", "maple", "--model_path", str(GOLDEN / "model.pth.tar-5")], "--config_path is needed")
     nameless = sae_file(tmp_path / "nameless.pt", d_in=128, model_name=None)
     refused("extract", ["--sae_path", nameless], "--backbone is needed")

@@ -22,6 +22,11 @@ import pandas as pd
 GROUPS = ("high in both", "high to low", "low to high", "between")
 
 
+def column_of(group: str) -> str:
+    """A group's name as a column of a table."""
+    return group.replace(" ", "_")
+
+
 @dataclass(frozen=True)
 class CountsChange:
     """What became of the counts of one class, or of all."""

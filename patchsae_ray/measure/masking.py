@@ -108,7 +108,7 @@ class MaskingAccuracy:
 
         Args:
             seed: of the resamples.
-            resamples: how many; 0 gives intervals of no width.
+            resamples: how many.
         """
         there = self.images > 0
         n = self.images[there]
@@ -160,7 +160,5 @@ def _estimates(cells: np.ndarray, n: np.ndarray, scores: np.ndarray, rng: np.ran
         value += weights @ (cells[part] @ scores)
         draws = rng.multinomial(n[part], cells[part] / n[part, None], size=(resamples, len(n[part])))
         drawn += weights @ (draws @ scores)
-    if not resamples:
-        return np.stack([value] * 3, axis=-1)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return np.stack([value, low, high], axis=-1)

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from patchsae_ray import figures_compare, storage
 from patchsae_ray.errors import UserError
-from patchsae_ray.measure.comparison import GROUPS, CountsChange, compare_counts
+from patchsae_ray.measure.comparison import GROUPS, CountsChange, column_of, compare_counts
 from patchsae_ray.measure.masking import halves_of
 from patchsae_ray.pipelines.compare_page import page
 from patchsae_ray.pipelines.compare_runs import ModelRun, images_of, read_runs
 from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, run_key
+from patchsae_ray.pipelines.tables import parquet_bytes
 from patchsae_ray.settings import CompareSettings, as_dict
 from patchsae_ray.tracking import tracked
 from patchsae_ray.writing import check_writable
@@ -115,7 +115,7 @@ def _classes(
                 "accuracy_base": before,
                 "accuracy_adapted": after,
                 "accuracy_change": after - before,
-                **{group.replace(" ", "_"): change.number(group) for group in GROUPS},
+                **{column_of(group): change.number(group) for group in GROUPS},
                 "rank_correlation": change.rank_correlation,
                 **{f"shared_{k}": share for k, share in change.shared.items()},
             }
@@ -166,7 +166,7 @@ def _summary(
     for part, estimate in {"all": "mean_over_classes", "base": "base", "novel": "novel"}.items():
         if estimate in base.summary["no_sae"]:
             accuracy[part] = {run.vit_type: run.summary["no_sae"][estimate] for run in (base, adapted)}
-    groups = {group: float(classes[group.replace(" ", "_")].mean()) for group in GROUPS}
+    groups = {group: float(classes[column_of(group)].mean()) for group in GROUPS}
     found = {
         "adapter": adapted.vit_type,
         "classes": settings.classes,
@@ -243,7 +243,10 @@ def _files(found: Comparison, settings: CompareSettings) -> dict[str, bytes]:
     return {
         "summary.json": (json.dumps(found.summary, indent=1, allow_nan=False) + "\n").encode(),
         **{f"{name}.csv": table.to_csv(index=False).encode() for name, table in tables.items()},
-        **{f"{name}.parquet": _parquet(table) for name, table in tables.items()},
+        **{
+            f"{name}.parquet": parquet_bytes(pa.Table.from_pandas(table, preserve_index=False))
+            for name, table in tables.items()
+        },
         "conditions.csv": found.conditions.to_csv(index=False).encode(),
         **figures,
         PAGE_FILE: text.encode(),
@@ -261,15 +264,9 @@ def _examples(latents: pd.DataFrame, number: int) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def _parquet(table: pd.DataFrame) -> bytes:
-    buffer = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pandas(table, preserve_index=False), buffer, compression="zstd")
-    return bytes(buffer.getvalue())
-
-
 def _metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     """For MLflow, under stable names."""
-    metrics = {f"latents_{group.replace(' ', '_')}": value for group, value in summary["latents_a_class"].items()}
+    metrics = {f"latents_{column_of(group)}": value for group, value in summary["latents_a_class"].items()}
     metrics.update({f"shared_{k}": value for k, value in summary["shared"].items() if value is not None})
     correlations = summary["rank_correlation"].items()
     metrics.update({f"rank_correlation_{name}": value for name, value in correlations if value is not None})

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from patchsae_ray.measure.comparison import GROUPS
+from patchsae_ray.measure.comparison import GROUPS, column_of
 from patchsae_ray.pipelines.compare_runs import ModelRun
 
 MAX_ROWS = 60
@@ -131,7 +131,7 @@ def _classes(classes: pd.DataFrame) -> pd.DataFrame:
         "plain CLIP, %": shown["accuracy_base"].map(_number("{:.2f}")),
         "adapted, %": shown["accuracy_adapted"].map(_number("{:.2f}")),
         "change": shown["accuracy_change"].map(_number("{:+.2f}")),
-        **{group: shown[group.replace(" ", "_")] for group in GROUPS},
+        **{group: shown[column_of(group)] for group in GROUPS},
         "rank correlation": shown["rank_correlation"].map(_number("{:.3f}")),
     }
     shared = {

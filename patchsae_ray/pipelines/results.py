@@ -198,12 +198,13 @@ def read_run_file(folder: str) -> dict[str, Any]:
 def _read_ours(folder: str) -> dict[str, Any]:
     """run.json of a folder, empty where it is not one of ours: beside files from elsewhere it may be anything."""
     uri = storage.join(folder, RUN_FILE)
+    data = storage.read_bytes(uri) if storage.exists(uri) else b"{}"
     try:
-        state = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
+        state = json.loads(data)
     except ValueError:
         return {}
     ours = isinstance(state, dict) and isinstance(state.get("format"), int) and "runs" in state
-    return read_run_file(folder) if ours else {}
+    return _parse(data, uri) if ours else {}
 
 
 def _parse(data: bytes | None, uri: str) -> dict[str, Any]:

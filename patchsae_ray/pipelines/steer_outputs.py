@@ -1,6 +1,5 @@
 """What a steering run writes: tables, summary, curve, and predictions on request."""
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import fields
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from patchsae_ray import figures
 from patchsae_ray.data.manifest import Manifest
@@ -17,7 +15,7 @@ from patchsae_ray.errors import UserError
 from patchsae_ray.measure.masking import LEVEL, RESAMPLES, MaskingCurve, halves_of, masked_settings, settings_of
 from patchsae_ray.measure.rankings import RANKINGS, Ranking
 from patchsae_ray.measure.steering import Predictions, SteeringSettings, SteeringTotals, prediction_columns
-from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet
+from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet, parquet_bytes
 
 CURVE_FILE = "masking_curve.png"
 SUMMARY_FILE = "summary.json"
@@ -163,9 +161,7 @@ def predictions_parquet(predictions: Predictions, columns: Sequence[str], manife
     for index, column in enumerate(columns):
         table[column] = predictions.classes[:, index]
         table[f"{column}_margin"] = predictions.margins[:, index]
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(table), buffer, compression="zstd")
-    return buffer.getvalue()
+    return parquet_bytes(pa.table(table))
 
 
 def _paths(manifest: Manifest, positions: np.ndarray) -> list[str]:

@@ -21,8 +21,13 @@ def errors_parquet(bad: list[tuple[int, str, str]]) -> bytes:
             "reason": pa.array([reason for _, _, reason in rows], pa.string()),
         }
     )
+    return parquet_bytes(table)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a Parquet file."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer)
+    pq.write_table(table, buffer, compression="zstd")
     return buffer.getvalue()
 
 

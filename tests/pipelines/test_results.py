@@ -81,6 +81,18 @@ def test_the_record_of_a_file(tmp_path: Path) -> None:
     assert record_of_file(str(tmp_path / "nowhere" / "a.bin")) is None
 
 
+@pytest.mark.parametrize("content", ['{"run": 1}', "[1]", "not JSON"])
+def test_a_run_file_from_elsewhere_says_nothing_of_a_file(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    assert record_of_file(str(tmp_path / "a.bin")) is None
+
+
+def test_a_run_file_of_a_later_format_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"format": 9, "runs": {}}')
+    with pytest.raises(UserError, match="format 9, expected 1"):
+        record_of_file(str(tmp_path / "a.bin"))
+
+
 def test_a_result_that_was_cut_is_not_done(tmp_path: Path) -> None:
     make(folder(tmp_path, threshold=0.2))
     (tmp_path / "a.bin").write_bytes(b"")

@@ -21,7 +21,7 @@ class PlainClip(Adapter):
     def read(cls, files: AdapterFiles, config: BackboneConfig, clip: StateDict) -> Self:
         """Raises: UserError where an adapter's files are given."""
         if files.model_path or files.config_path:
-            raise UserError("--model_path and --config_path are an adapter's: they go with another --vit_type (maple)")
+            raise UserError("--model_path and --config_path are an adapter's: they go with another --vit_type than base")
         return cls()
 
     def identity(self) -> dict[str, Any]:
