@@ -19,6 +19,9 @@ S = TypeVar("S", bound=FolderSettings)
 _CHOICE = re.compile(r'Parser key "(\w+)":\s+Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)')
 """What jsonargparse says of a value that is none of a setting's choices."""
 
+_KIND = re.compile(r"""Parser key "(\w+)":\s+Expected a <class '(bool|int|float)'>\. Got value: (.*)""")
+_KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+
 
 class _Parser(ArgumentParser):
     """One line and exit code 2 for whatever is wrong, with the nearest name where one is misspelt."""
@@ -35,6 +38,9 @@ class _Parser(ArgumentParser):
         choice = _CHOICE.search(line)
         if choice:
             line = f"--{choice[1]} {choice[3]}: one of {choice[2].replace(chr(39), '')} would be right"
+        kind = _KIND.search(line)
+        if kind:
+            line = f"--{kind[1]} {kind[3]}: {_KINDS[kind[2]]} would be right"
         words = [word.strip("'\".,:[]").removeprefix("--").split("=")[0] for word in line.split()]
         unknown = [word for word in words if word and word not in known and nearest(word, known)]
         says_unknown = any(

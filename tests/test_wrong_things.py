@@ -196,6 +196,8 @@ def test_class_counts_of_another_kind(refused: Refused, tmp_path: Path) -> None:
     refused("steer", [*flags, whole, "--cross_counts", whole], "--rank_by cross go together")
     refused("steer", flags[:-1], "--cls_wise_sae_activation_path is needed for --rank_by class")
     refused("steer", [*flags, whole, "--intervene", "patches"], "--intervene patches: one of all, image, patch, cls would")
+    refused("steer", [*flags, whole, "--predictions", "perhaps"], "--predictions perhaps: true or false would be right")
+    refused("steer", [*flags, whole, "--seed", "x"], "--seed x: a whole number would be right")
     refused("steer", [*flags, whole, "--error_term", "subtract"], "--error_term subtract: one of none, add would be right")
     negative = counts_file(tmp_path / "negative", np.full((1024, 6), np.nan))
     refused("steer", [*flags, negative], "holds numbers below 0, or none at all")
