@@ -158,7 +158,7 @@ def test_settings(refused: Refused, tmp_path: Path) -> None:
         f"{recipe}: Option 'expansion_facter' is not accepted; did you mean 'expansion_factor'",
     )
     recipe.write_text("lr: fast\n")
-    refused("train", ["--config", str(recipe)], '"lr"')
+    refused("train", ["--config", str(recipe)], "--lr fast: a number would be right")
     refused("train", ["--config", str(tmp_path / "none.yaml")], "none.yaml")
     refused("train", ["--learning_rate", "1"], "--learning_rate")
     refused("train", ["--lr", "-1"], "--lr -1.0: at least 0 would be right")
