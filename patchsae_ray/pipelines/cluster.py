@@ -10,7 +10,7 @@ import ray
 import ray.data  # configures its loggers on import, so before they are quietened
 
 from patchsae_ray.errors import UserError, first_line
-from patchsae_ray.settings import ModelSettings, SaeSettings
+from patchsae_ray.settings import ModelSettings, PoolSettings
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def join(settings: ModelSettings) -> Plan:
     """
     connect(settings.ray_address)
     wishes = Wishes()
-    if isinstance(settings, SaeSettings):
+    if isinstance(settings, PoolSettings):
         wishes = Wishes(settings.worker_bounds(), settings.num_gpus, settings.decode_cpus)
     plan = make_plan(settings.device, settings.precision, wishes)
     log.info("Ray: %s", plan.describe())
