@@ -12,6 +12,9 @@ Device = Literal["auto", "cpu", "cuda"]
 ErrorTerm = Literal["none", "add"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 BDecInit = Literal["geometric_median", "mean", "zeros"]
+Batching = Literal["tokens", "images"]
+TokenSource = Literal["auto", "fused", "streamed", "cached"]
+ActivationDtype = Literal["bf16", "fp32"]
 Schedules = Literal[
     "constant",
     "constantwithwarmup",

@@ -4,6 +4,7 @@ import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -51,18 +52,28 @@ class DecodedUnit:
     """(position, path, reason) of each image that could not be read."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Stage times: read, decode."""
+    index: int = -1
+    """Of the unit in the data set."""
 
 
-def decode_unit(unit: Unit, reading: Reading, size: int) -> DecodedUnit:
+def decode_unit(unit: Unit, reading: Reading, size: int, first: int = 0, count: int | None = None) -> DecodedUnit:
     """Read and decode a unit's images to [n, size, size, 3]; unreadable ones are listed with the reason.
+
+    Args:
+        unit: the unit.
+        reading: how its files are read.
+        size: side of the pixels.
+        first: of the unit's images to decode.
+        count: images to decode; default: all from `first` on.
 
     Raises: StoreError where the store does not answer; UserError where a file is not what it was.
     """
     pixels, positions, labels, bad = [], [], [], []
     seconds = {"read": 0.0, "decode": 0.0}
-    position = unit.start
+    part, passed_over = part_of(unit, reading, first, unit.count - first if count is None else count)
+    position = part.start
     mark = time.perf_counter()
-    for raw in read_unit(unit, reading):
+    for raw in islice(read_unit(part, reading), passed_over, None):
         opened = time.perf_counter()
         seconds["read"] += opened - mark
         try:
@@ -74,12 +85,33 @@ def decode_unit(unit: Unit, reading: Reading, size: int) -> DecodedUnit:
         position += 1
         mark = time.perf_counter()
         seconds["decode"] += mark - opened
-    if position - unit.start != unit.count:
-        raise UserError(
-            f"{unit.segments[0].uri} changed while it was read: {position - unit.start} images, expected {unit.count}"
-        )
+    read, wanted = position - part.start, part.count - passed_over
+    if read != wanted:
+        raise UserError(f"{unit.segments[0].uri} changed while it was read: {read} images, expected {wanted}")
     block = np.stack(pixels) if pixels else np.zeros((0, size, size, 3), dtype=np.uint8)
-    return DecodedUnit(block, np.array(positions, np.int64), np.array(labels, np.int64), bad, seconds)
+    return DecodedUnit(block, np.array(positions, np.int64), np.array(labels, np.int64), bad, seconds, unit.index)
+
+
+def part_of(unit: Unit, reading: Reading, first: int, count: int) -> tuple[Unit, int]:
+    """A run of a unit's images as a unit that begins at the first of them, and how many images to pass over before it.
+
+    None in folders and Parquet; a tar is read from where the unit's part of it begins.
+    """
+    segments: list[Segment] = []
+    passed_over, start = 0, 0
+    for segment in unit.segments:
+        low, high = max(0, first - start), min(segment.count, first + count - start)
+        start += segment.count
+        if low >= high:
+            continue
+        if reading.format == "tar":
+            segments.append(replace(segment, count=high))
+            passed_over += low
+        elif reading.format == "folder":
+            segments.append(replace(segment, count=high - low, names=segment.names[low:high], labels=segment.labels[low:high]))
+        else:
+            segments.append(replace(segment, count=high - low, first=segment.first + low))
+    return Unit(unit.index, unit.start + first, tuple(segments)), passed_over
 
 
 def read_unit(unit: Unit, reading: Reading) -> Iterator[Raw]:
@@ -97,22 +129,8 @@ def read_image(manifest: Manifest, position: int) -> Raw:
     Raises: IndexError where there is no such position.
     """
     unit = manifest.units[manifest.units.at(position)]
-    offset = position - unit.start
-    for segment in unit.segments:
-        if offset < segment.count:
-            return _read_at(segment, offset, manifest.reading)
-        offset -= segment.count
-    raise IndexError(position)
-
-
-def _read_at(segment: Segment, offset: int, reading: Reading) -> Raw:
-    if reading.format == "tar":  # a stream: what comes before is passed over
-        narrow = replace(segment, count=offset + 1)
-    elif reading.format == "folder":
-        narrow = replace(segment, count=1, names=segment.names[offset:][:1], labels=segment.labels[offset:][:1])
-    else:
-        narrow = replace(segment, count=1, first=segment.first + offset)
-    return list(read_unit(Unit(0, 0, (narrow,)), reading))[-1]
+    part, _ = part_of(unit, manifest.reading, position - unit.start, 1)
+    return list(read_unit(part, manifest.reading))[-1]
 
 
 def _read_folder(segment: Segment, reading: Reading) -> Iterator[Raw]:
