@@ -1,0 +1,123 @@
+"""What training shows between two lines of its log, from what the steps compute anyway."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DENSE_SHARE = 0.1
+"""A latent that is active on a larger share of the tokens is called dense."""
+LOG_DENSITY_EDGES = np.arange(-14, 1) / 2
+"""[15] bounds of the histogram's bins: log10 of a share of tokens, from -7 to 0 in halves."""
+_TOTALS = ("tokens", "squares", "error", "legacy", "cosine", "mse", "l1")
+NUM_TOTALS = len(_TOTALS)
+
+
+@dataclass(frozen=True)
+class TrainingWindowResult:
+    """Over the tokens of the window's steps, each as reconstructed before its step; NaN where there were none."""
+
+    num_tokens: int
+    explained_variance: float
+    """1 - sum |x - x'|^2 / sum |x - mean x|^2, the mean over all tokens of the window; NaN without variance."""
+    explained_variance_legacy: float
+    """PatchSAE's: mean over tokens of 1 - |x - x'|^2 / |x|^2, so the variance is taken about zero."""
+    cosine: float
+    """Mean over tokens of the cosine between x and x'."""
+    mse: float
+    """Mean over tokens and dimensions of (x' - x)^2 / |x|, PatchSAE's normalised error, no CLS weight."""
+    l0: float
+    """Mean number of active latents a token."""
+    l1: float
+    """Mean over tokens of sum |z|."""
+    dead_share: float
+    """Share of latents that fired on no token for more than `dead_feature_window` batches, at the window's end."""
+    dense_share: float
+    """Share of latents active on more than 10 % of the window's tokens."""
+    log_density: np.ndarray
+    """[15] int64, latents: first those that never fired, then by log10 of the share of tokens on which each fired, in
+    the bins [-7, -6.5), …, [-0.5, 0] of LOG_DENSITY_EDGES; the lowest also has what is rarer."""
+
+    def as_metrics(self) -> dict[str, float]:
+        """The scalars, by name."""
+        return {field.name: float(getattr(self, field.name)) for field in fields(self) if field.name != "log_density"}
+
+
+class TrainingWindow:
+    """Sums for `TrainingWindowResult`, float64, on the device of the steps.
+
+    Args:
+        width: d.
+        num_latents: s.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, width: int, num_latents: int, device: torch.device | str = "cpu") -> None:
+        self._sizes = [NUM_TOTALS, width, num_latents]
+        self.values = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
+        """Totals, the sum of x [d], and tokens on which each latent fired [s], end to end."""
+
+    def update(self, sums: Tensor) -> None:
+        """Take in a batch's `token_sums`."""
+        self.values += sums
+
+    def merge(self, other: "TrainingWindow") -> None:
+        """Take in another's tokens."""
+        self.values += other.values
+
+    def clear(self) -> None:
+        """Start the next window."""
+        self.values.zero_()
+
+    def result(self, dead_share: float) -> TrainingWindowResult:
+        """The metrics, with the share of dead latents that the trainer counts."""
+        parts = self.values.cpu().split(self._sizes)
+        tokens, squares, error, legacy, cosine, mse, l1 = parts[0].tolist()
+        sums, counts = parts[1].numpy(), parts[2].numpy()
+        per_token = 1 / tokens if tokens else float("nan")
+        variance = squares - float((sums**2).sum()) * per_token
+        share = counts * per_token
+        return TrainingWindowResult(
+            num_tokens=int(tokens),
+            explained_variance=1 - error / variance if variance > 0 else float("nan"),
+            explained_variance_legacy=legacy * per_token,
+            cosine=cosine * per_token,
+            mse=mse * per_token,
+            l0=float(counts.sum()) * per_token,
+            l1=l1 * per_token,
+            dead_share=dead_share,
+            dense_share=float((share > DENSE_SHARE).mean()) if tokens else float("nan"),
+            log_density=_log_density(share[counts > 0], int((counts == 0).sum())),
+        )
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """For `from_tensors`."""
+        return dict(zip(("totals", "sums", "counts"), self.values.split(self._sizes), strict=True))
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the sums of `to_tensors`."""
+        self.values.copy_(torch.cat([tensors["totals"], tensors["sums"], tensors["counts"]]))
+
+
+def _log_density(share: np.ndarray, never: int) -> np.ndarray:
+    found = np.histogram(np.log10(share).clip(LOG_DENSITY_EDGES[0], 0), LOG_DENSITY_EDGES)[0]
+    return np.array([never, *found], dtype=np.int64)
+
+
+def token_sums(x: Tensor, reconstruction: Tensor, error: Tensor, norm: Tensor, l1: Tensor, counts: Tensor) -> Tensor:
+    """One batch's terms of a window: [7 + d + s] float64; sums over tokens of float32 scalars.
+
+    Args:
+        x: tokens [m, d].
+        reconstruction: x' [m, d].
+        error: |x - x'|^2 [m].
+        norm: |x| [m].
+        l1: sum of |z| over all tokens, float64.
+        counts: [s], tokens on which each latent fired.
+    """
+    cosine = (x * reconstruction).sum(dim=1) / (norm * reconstruction.norm(dim=1)).clamp_min(1e-30)
+    scalars = torch.stack([torch.ones_like(norm), norm**2, error, 1 - error / norm**2, cosine, error / (norm * x.shape[1])])
+    totals = scalars.sum(dim=1, dtype=torch.float64)
+    return torch.cat([totals, l1.view(1), x.sum(dim=0, dtype=torch.float64), counts.to(torch.float64)])
