@@ -11,6 +11,7 @@ from patchsae_ray.settings import (
     ClassLatentsSettings,
     CompareSettings,
     DemoSettings,
+    EvaluateSettings,
     ExtractSettings,
     FolderSettings,
     SteerSettings,
@@ -18,7 +19,15 @@ from patchsae_ray.settings import (
 )
 from tests.conftest import ROOT
 
-EVERY_JOB = [TrainSettings, ExtractSettings, ClassLatentsSettings, SteerSettings, CompareSettings, DemoSettings]
+EVERY_JOB = [
+    TrainSettings,
+    ExtractSettings,
+    ClassLatentsSettings,
+    SteerSettings,
+    EvaluateSettings,
+    CompareSettings,
+    DemoSettings,
+]
 GUIDE_COMMON = {"root_dir", "dataset_name", "sae_path", "vit_type", "model_path", "config_path", "batch_size", "device"}
 
 

@@ -86,7 +86,7 @@ class EvaluateSettings(SaeSettings):
     """Measure an autoencoder on held-out images: reconstruction, sparsity, and what CLIP still sees through it."""
 
     split: str | None = None
-    """Split of the data set; default: the catalog entry's test or validation split, or everything under --dataset_path."""
+    """Split of the data set; default: the catalog entry's validation or test split, or everything under --dataset_path."""
     tokens: Tokens = "all"
     """Tokens to measure, and to replace by their reconstruction: all, image (CLS and patches), patch, or cls."""
     eval_images: int = 4096
