@@ -4,9 +4,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from patchsae_ray.errors import StoreError, UserError
+from patchsae_ray.errors import user_error
 from patchsae_ray.parsing import Defaults, parse
 from patchsae_ray.settings import FolderSettings
 
@@ -36,14 +36,3 @@ def run_job(
         sys.stderr.write(f"error: {known}\n")
         return 2
     return 0
-
-
-def user_error(error: BaseException) -> UserError | None:
-    """The UserError in an exception, whether it was raised here or in a Ray worker."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if type(seen) in (UserError, StoreError):  # Ray's own wrapper is a subclass too
-            return cast(UserError, seen)
-        cause = getattr(seen, "cause", None)
-        seen = cause if isinstance(cause, BaseException) else seen.__cause__
-    return None

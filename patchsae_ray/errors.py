@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import cast
 
 
 class UserError(Exception):
@@ -25,3 +26,14 @@ def first_line(error: BaseException) -> str:
     """The first non-empty line of an exception's text, or its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The UserError in an exception, whether it was raised here or in a Ray worker."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if type(seen) in (UserError, StoreError):  # Ray's own wrapper is a subclass too
+            return cast(UserError, seen)
+        cause = getattr(seen, "cause", None)
+        seen = cause if isinstance(cause, BaseException) else seen.__cause__
+    return None

@@ -31,10 +31,11 @@ class Arrivals:
 
     Args:
         data: a Ray Data set that nothing has executed yet.
+        most: references that may wait here; more are not asked for, which holds the execution back. 0 for any number.
     """
 
-    def __init__(self, data: Any) -> None:
-        self._arrived: queue.Queue[tuple[str, Any]] = queue.Queue()
+    def __init__(self, data: Any, most: int = 0) -> None:
+        self._arrived: queue.Queue[tuple[str, Any]] = queue.Queue(most)
         self._left = threading.Event()
         data.context.custom_execution_callback_classes = [*data.context.custom_execution_callback_classes, _EndWithPass]
         self._thread = threading.Thread(target=self._pull, args=(data,), daemon=True)
@@ -52,10 +53,18 @@ class Arrivals:
         try:
             for bundle in data.iter_internal_ref_bundles():
                 for entry in bundle.blocks:
-                    self._arrived.put(("block", entry.ref))
-            self._arrived.put(("end", None))
+                    self._put("block", entry.ref)
+            self._put("end", None)
         except BaseException as error:
-            self._arrived.put(("error", error))
+            self._put("error", error)
+
+    def _put(self, kind: str, item: Any) -> None:
+        while not self._left.is_set():
+            try:
+                self._arrived.put((kind, item), timeout=0.2)
+                return
+            except queue.Full:
+                continue
 
     def next(self, timeout: float) -> Any:
         """The next reference; None where none comes within `timeout` seconds.

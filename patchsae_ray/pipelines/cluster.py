@@ -80,6 +80,11 @@ def connect(address: str | None) -> None:
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
+def several_machines() -> bool:
+    """Whether the cluster has other machines than this one, which may not see its files."""
+    return len(ray.nodes()) > 1
+
+
 def _probe(address: str) -> None:
     """See that something listens at host:port; Ray itself would try for minutes.
 

@@ -28,6 +28,7 @@ from patchsae_ray.pipelines.bundles import (
     choose,
     uncovered,
 )
+from patchsae_ray.pipelines.cluster import several_machines
 from patchsae_ray.pipelines.merging import Receipt, combine, merged_contents
 from patchsae_ray.pipelines.progress import ProgressLines, duration, on_this_machine, start_ledger
 from patchsae_ray.pipelines.runner import Session
@@ -137,7 +138,7 @@ class UnitPass(Generic[T]):
         self._scheduling: Any = "SPREAD"
         if storage.is_local(uri):  # then the other machines, if there are any, see neither the manifest nor the bundles
             self._scheduling = on_this_machine()
-            if len(ray.nodes()) > 1:
+            if several_machines():
                 self.manifest = replace(self.manifest, units=self.manifest.units.in_memory())
         self.folder = BundleFolder(uri, len(self.manifest.units))
         self._heartbeat = Heartbeat(uri)

@@ -20,20 +20,14 @@ QUIET_SECONDS = 60.0
 REPORT_SECONDS = 1.0
 
 
-class Ledger:
-    """Images done in each unit, reported from inside the units, and attempts at a unit that never ended.
+class Attempts:
+    """Attempts at a unit that never ended.
 
     A unit is begun before it is worked on and ended after; one that was begun n times more often than it ended has taken n
     processes with it.
-
-    Args:
-        num_units: of the data set.
     """
 
-    def __init__(self, num_units: int) -> None:
-        self._finished = np.zeros(num_units, dtype=bool)
-        self._finished_images = 0
-        self._in_flight: dict[int, int] = {}
+    def __init__(self) -> None:
         self._attempts: dict[tuple[str, int], int] = {}
 
     def begin(self, stage: str, unit: int) -> int:
@@ -45,6 +39,20 @@ class Ledger:
     def end(self, stage: str, unit: int) -> None:
         """The attempt ended, well or with an error."""
         self._attempts.pop((stage, unit), None)
+
+
+class Ledger(Attempts):
+    """Images done in each unit, reported from inside the units.
+
+    Args:
+        num_units: of the data set.
+    """
+
+    def __init__(self, num_units: int) -> None:
+        super().__init__()
+        self._finished = np.zeros(num_units, dtype=bool)
+        self._finished_images = 0
+        self._in_flight: dict[int, int] = {}
 
     def report(self, unit: int, images: int, final: bool) -> None:
         """`images` of a unit are done; a unit that is done again counts once."""

@@ -4,7 +4,7 @@ import logging
 import posixpath
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines import cluster
@@ -15,6 +15,8 @@ from patchsae_ray.tracking import Tracker, tracked
 from patchsae_ray.writing import check_writable, remove_empty, remove_tree
 
 log = logging.getLogger(__name__)
+
+S = TypeVar("S", bound=ModelSettings)
 
 
 @dataclass(frozen=True)
@@ -46,22 +48,30 @@ class Session:
     folder: ResultFolder
 
 
-def run_once(settings: ModelSettings, folders: Mapping[str, ResultFolder], work: Callable[[Session], Made]) -> dict[str, Any]:
+def run_once(
+    settings: S,
+    folders: Mapping[str, ResultFolder],
+    work: Callable[[Session], Made],
+    join: Callable[[S], Plan] = cluster.join,
+    anew: bool = False,
+) -> dict[str, Any]:
     """Do a job's work unless it is done already. Returns its summary.
 
     Args:
         settings: the job's settings.
         folders: precision → the results folder as that precision's run.
         work: what is done with the cluster, the MLflow run and the folder.
+        join: reaches the cluster and plans the job on it.
+        anew: do the work though the same run is done.
 
     Raises: UserError where the folder holds another run's results, no cluster answers, or the work finds a fault.
     """
     done = finished(folders, settings.overwrite)
-    if done:
+    if done and not anew:
         log.info("%s: done already, nothing to do; results in %s", done.job, done.uri)
         return dict(done.record()["summary"])
     check_writable(settings.root_dir)
-    plan = cluster.join(settings)
+    plan = join(settings)
     folder = folders[plan.precision]
     folder.check(settings.overwrite)
     with tracked(settings.root_dir, folder.job, as_dict(settings)) as tracker:
@@ -69,10 +79,10 @@ def run_once(settings: ModelSettings, folders: Mapping[str, ResultFolder], work:
         try:
             made = work(Session(plan, tracker, folder))
         except UserError:
-            if not folder.done_meanwhile():
+            if anew or not folder.done_meanwhile():
                 raise
             made = None  # another driver has finished the run, and taken the partial results that this one was reading
-        if made is None or folder.done_meanwhile():
+        if made is None or (not anew and folder.done_meanwhile()):
             log.info("%s: another driver has finished this run; results in %s", folder.job, folder.uri)
             _remove_spent(made)
             return dict(folder.record()["summary"])

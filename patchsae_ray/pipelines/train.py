@@ -1,32 +1,31 @@
-"""Training an autoencoder: Ray Data streams decoded images to one trainer, a Ray task with the model on its device.
-
-The trainer sends what it learns to the driver as it goes (a streaming generator); the driver writes files and logs.
-"""
+"""Training an autoencoder: settings → a run that workers can join, and what came of it → checkpoint files."""
 
 import logging
-import math
-import time
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import ray
-import torch
+from torch import Tensor
 
 from patchsae_ray import storage
 from patchsae_ray.backbone.weights import state_digest
 from patchsae_ray.data.catalog import open_dataset
+from patchsae_ray.data.chunks import ChunkTable, Drawing, LaneOrder, num_lanes
 from patchsae_ray.data.kept import keep
 from patchsae_ray.data.manifest import Manifest
-from patchsae_ray.data.shuffle import unit_order
+from patchsae_ray.data.mixing import distinct_images, expected_distinct_images
 from patchsae_ray.errors import UserError
+from patchsae_ray.figures_train import mixing_figure
 from patchsae_ray.pipelines import cluster
+from patchsae_ray.pipelines.cached import cached_tokens, open_cache, tokens_of
 from patchsae_ray.pipelines.model import LoadedModel, load_model
-from patchsae_ray.pipelines.passes import Pass
-from patchsae_ray.pipelines.progress import LINE_SECONDS, progress_line
 from patchsae_ray.pipelines.results import ResultFolder, run_key
+from patchsae_ray.pipelines.resume import ResumeFolder, Saved
 from patchsae_ray.pipelines.runner import Made, Session, run_once
 from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet
-from patchsae_ray.pipelines.train_worker import Message, TrainTask, checkpoint_steps, train_units
+from patchsae_ray.pipelines.train_launch import TrainJob, launch
+from patchsae_ray.pipelines.train_listener import TrainListener
+from patchsae_ray.pipelines.train_plan import TrainPlan, plan_training
+from patchsae_ray.pipelines.train_worker import TrainRun, extra_steps
 from patchsae_ray.sae.checkpoint import safetensors_bytes, torch_bytes
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.settings import TrainSettings, as_dict
@@ -34,6 +33,10 @@ from patchsae_ray.settings import TrainSettings, as_dict
 log = logging.getLogger(__name__)
 
 PATCHSAE_TOTAL_IMAGES = 2_621_440
+SAE_FILE, SAFE_FILE, MIXING_FILE = "sae.pt", "sae.safetensors", "batch_mixing.png"
+MIXING_STEPS = 20
+"""Batches whose images are counted for the figure."""
+_WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def train(settings: TrainSettings) -> dict[str, float]:
@@ -45,129 +48,156 @@ def train(settings: TrainSettings) -> dict[str, float]:
     manifest = open_dataset(
         settings.dataset_name, settings.dataset_path, settings.split, None, settings.root_dir, settings.relist
     )
-    total_images = images_to_train_on(settings, model)
-    uri = checkpoint_folder(settings, model, manifest, total_images)
+    order = order_of(settings, model, manifest)
+    uri = checkpoint_folder(settings, model, manifest, order)
+    names = [SAE_FILE, SAFE_FILE, MIXING_FILE, ERRORS_FILE, *_extra_files(settings, order).values()]
     folders = {}
     for precision in cluster.possible_precisions(settings.precision):
-        identity = _identity(settings, model, manifest, precision, total_images)
-        names = ["sae.pt", "sae.safetensors", ERRORS_FILE, *_checkpoint_names(settings, total_images)]
+        identity = identity_of(settings, model, manifest, precision, order)
         outputs = dict.fromkeys(names, run_key(identity))
         folders[precision] = ResultFolder(uri, "train", identity, outputs, elsewhere="--run_name")
 
     def work(session: Session) -> Made:
-        return run_training(settings, model, manifest, total_images, session)
+        return run_training(settings, model, manifest, order, session)
 
-    summary = run_once(settings, folders, work)
+    summary = run_once(settings, folders, work, join=plan_training, anew=settings.overwrite)
     log_summary(summary, uri)
     return summary
 
 
-def run_training(settings: TrainSettings, model: LoadedModel, manifest: Manifest, total_images: int, session: Session) -> Made:
-    """Run the trainer on Ray and take its messages; checkpoints on the way are written as they come.
+def run_training(settings: TrainSettings, model: LoadedModel, manifest: Manifest, order: LaneOrder, session: Session) -> Made:
+    """Train from where the run stands, and read what came of it.
 
-    Raises: UserError past `--max_bad_fraction` or where the loss stops being finite.
+    Raises: UserError past `--max_bad_fraction`, for a checkpoint of other settings, or where the run cannot go on.
     """
-    plan, manifest = session.plan, keep(manifest)
-    readable = manifest.num_images * (1 - min(settings.max_bad_fraction, 0.5))
-    epochs = math.ceil(total_images / max(1.0, readable))
-    order = tuple(unit_order(len(manifest.units), epochs, settings.seed))
-    task = TrainTask(model.portable(plan.precision), settings, total_images, order)
+    plan, folder = session.plan, session.folder
+    assert isinstance(plan, TrainPlan)
+    if plan.num_workers > order.lanes:
+        raise UserError(
+            f"--num_workers {plan.num_workers}: the tokens of this run come in {order.lanes} lanes, and a worker needs one; a "
+            "larger --buffer_tokens or a smaller --clip_batch_size would make more"
+        )
+    resume = ResumeFolder(storage.absolute(storage.join(folder.uri, "resume")), folder.key, folder.identity)
+    if settings.overwrite:
+        resume.clear()
+    resume.check()
+    job = _job(settings, model, keep(manifest), order, resume, plan)
     log.info(
-        "train: %s images in %s steps of %d, %s latents", f"{total_images:,}", f"{task.total_steps:,}",
-        settings.batch_size, f"{model.config.width * settings.expansion_factor:,}",
+        "train: %s images in %s steps of %s tokens, %s latents; a batch has tokens of %.0f images (at random: %.0f)",
+        f"{images_of(order, order.steps):,.0f}", f"{order.steps:,}", f"{_batch_tokens(order):,}",
+        f"{model.config.width * settings.expansion_factor:,}", *_mixing(order, manifest)[:2],
     )  # fmt: skip
-    remote = ray.remote(train_units).options(num_cpus=plan.actor_cpus, num_gpus=plan.actor_gpus, max_retries=0)
-    kept = Pass(settings.max_bad_fraction, manifest.num_images, len(manifest.units))
-    config = checkpoint_config(settings, model, total_images)
-    progress = _TrainProgress(total_images)
-    for reference in remote.remote(ray.put(task), manifest, model.config.image_size, plan):
-        message: Message = _get(reference)
-        kept.notes.bad.extend(message.bad)
-        kept.check()
-        session.tracker.metrics({f"train_{name}": value for name, value in message.metrics.items()}, message.step)
-        progress.show(message)
-        if message.weights is not None:
-            sae = SparseAutoencoder.from_tensors(
-                {key: torch.from_numpy(np.array(value)) for key, value in message.weights.items()}
-            )
-            for name, data in _checkpoint_files(sae, message, config).items():
-                session.folder.write(name, data)
-    kept.notes.seconds, kept.notes.peak_bytes = message.seconds, message.peak_bytes
-    summary = _summary(message, kept)
-    record = {"source": manifest.source, **kept.record()}
-    made = {"sae": state_digest(sae.state_dict())}
-    files = {ERRORS_FILE: errors_parquet(kept.bad)}
-    return Made(files, summary, summary, record, step=message.step, tags=made)
+    config = checkpoint_config(settings, model, order)
+    extra = _extra_files(settings, order)
+
+    def written(step: int) -> None:
+        saved = resume.read(step, "weights")
+        if saved is not None:
+            folder.write(extra[step], torch_bytes(_sae(saved.tensors), config))
+
+    listener = TrainListener(order, session.tracker, manifest, settings.max_bad_fraction, resume, written)
+    launch(job, settings.max_bad_fraction, settings.no_progress_minutes, listener)
+    state = resume.read(order.steps)
+    if state is None:
+        raise UserError(f"{resume.own}: the last checkpoint is not whole; the same command goes on from the one before")
+    for step in set(extra) - listener.weights:
+        written(step)
+    return _made(settings, order, manifest, config, state, listener, resume)
 
 
-def _summary(message: Message, kept: Pass) -> dict[str, float]:
-    wall = kept.wall_seconds()
-    return {
-        **message.metrics,
-        "images": float(message.images),
-        "steps": float(message.step),
-        "bad_images": float(len(kept.bad)),
-        "wall_seconds": wall,
-        "images_per_second": message.images / wall,
+def _made(
+    settings: TrainSettings,
+    order: LaneOrder,
+    manifest: Manifest,
+    config: dict[str, Any],
+    state: Saved,
+    listener: TrainListener,
+    resume: ResumeFolder,
+) -> Made:
+    sae = _sae(state.tensors)
+    mixed, ideal, whole = _mixing(order, manifest)
+    mixing = {"distinct_images": mixed, "distinct_images_ideal": ideal, "distinct_images_whole": whole}
+    summary = {**state.notes, **listener.summary(), **mixing}
+    files = {
+        SAE_FILE: torch_bytes(sae, config),
+        SAFE_FILE: safetensors_bytes(sae, config),
+        MIXING_FILE: mixing_figure(mixed, ideal, whole, _batch_tokens(order)),
+        ERRORS_FILE: errors_parquet(listener.kept.bad),
     }
+    record = {"source": manifest.source, "resumed_from_step": listener.resumed_from, **listener.kept.record()}
+    made = {"sae": state_digest(sae.state_dict())}
+    return Made(files, summary, summary, record, step=order.steps, tags=made, spent=resume.uri)
 
 
-def _checkpoint_files(sae: SparseAutoencoder, message: Message, config: dict[str, Any]) -> dict[str, bytes]:
-    if message.last:
-        return {"sae.pt": torch_bytes(sae, config), "sae.safetensors": safetensors_bytes(sae, config)}
-    return {f"sae_{message.images}_images.pt": torch_bytes(sae, config)}
+def _sae(state: dict[str, Tensor]) -> SparseAutoencoder:
+    return SparseAutoencoder.from_tensors({name: state[name] for name in _WEIGHTS})
 
 
-def _get(reference: Any) -> Message:
-    try:
-        message: Message = ray.get(reference)
-        return message
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, FloatingPointError):
-            raise UserError(f"training stopped: {error.cause}; a lower --lr or another --precision would be right") from error
-        raise
+def _job(
+    settings: TrainSettings, model: LoadedModel, manifest: Manifest, order: LaneOrder, resume: ResumeFolder, plan: TrainPlan
+) -> TrainJob:
+    cls_place = None if settings.tokens == "patch" else 0
+    extra = tuple(_extra_files(settings, order))
+    run = TrainRun(settings, order, model.config.width, cls_place, resume, plan.precision, extra)
+    cache = open_cache(settings, model, manifest) if plan.source == "cached" else None
+    which = cached_tokens(cache.record, settings, model) if cache is not None else slice(None)
+    return TrainJob(
+        run, plan, _portable(manifest, plan), model.config.image_size, model.portable(plan.precision),
+        settings.tokens, settings.activation_dtype, settings.clip_batch_size, cache, which,
+    )  # fmt: skip
 
 
-class _TrainProgress:
-    """A line every ten seconds with the loss."""
-
-    def __init__(self, total_images: int) -> None:
-        self._total = total_images
-        self._first: tuple[float, int] | None = None
-        self._last_line = time.monotonic()
-
-    def show(self, message: Message) -> None:
-        now = time.monotonic()
-        self._first = self._first or (now, message.images)
-        if now - self._last_line >= LINE_SECONDS:
-            line = progress_line("train", message.images, self._total, message.images - self._first[1], now - self._first[0])
-            log.info("%s, loss %.5f, L0 %.1f", line, message.metrics["loss"], message.metrics["l0"])
-            self._last_line = now
+def _portable(manifest: Manifest, plan: TrainPlan) -> Manifest:
+    """The manifest for workers that may not see this machine's files."""
+    return replace(manifest, units=manifest.units.in_memory()) if plan.on_ray and cluster.several_machines() else manifest
 
 
-def images_to_train_on(settings: TrainSettings, model: LoadedModel) -> int:
-    """`--total_training_images`, or as many whole images as `--total_training_tokens` needs."""
-    if settings.total_training_tokens is None:
-        return settings.total_training_images or PATCHSAE_TOTAL_IMAGES
-    patches = model.config.num_patches
-    tokens = {"all": patches + 1 + model.adapter.num_prompt_tokens, "image": patches + 1, "patch": patches, "cls": 1}[
-        settings.tokens
-    ]
-    return math.ceil(settings.total_training_tokens / tokens)
+def order_of(settings: TrainSettings, model: LoadedModel, manifest: Manifest) -> LaneOrder:
+    """The order of a run: of the settings, the model's tokens and the data set's size, and of nothing else."""
+    t = tokens_of(settings.tokens, model)
+    table = ChunkTable(manifest.units.edges(), settings.clip_batch_size)
+    drawing = Drawing(settings.batching, t, settings.token_share, settings.batch_size)
+    if settings.batching == "tokens":
+        drawing = replace(drawing, batch_size=settings.batch_tokens or settings.batch_size * drawing.kept_tokens)
+    tokens = settings.total_training_tokens
+    if tokens is None:
+        tokens = (settings.total_training_images or PATCHSAE_TOTAL_IMAGES) * drawing.kept_tokens
+    total = -(-tokens // drawing.draw_tokens)
+    lanes = num_lanes(settings.buffer_tokens, settings.clip_batch_size, len(table), drawing, total)
+    return LaneOrder(table, drawing, lanes, settings.seed, total)
 
 
-def checkpoint_folder(settings: TrainSettings, model: LoadedModel, manifest: Manifest, total_images: int) -> str:
+def _batch_tokens(order: LaneOrder) -> int:
+    return order.drawing.batch_size * order.drawing.draw_tokens
+
+
+def images_of(order: LaneOrder, step: int) -> float:
+    """Images whose tokens `step` steps are, repeats counted."""
+    return min(step * order.drawing.batch_size, order.total) * order.drawing.draw_tokens / order.drawing.kept_tokens
+
+
+def _mixing(order: LaneOrder, manifest: Manifest) -> tuple[float, float, float]:
+    """Distinct images of a batch: by this run's order, of tokens drawn from the whole data set, of whole images."""
+    kept, batch = order.drawing.kept_tokens, min(_batch_tokens(order), order.total * order.drawing.draw_tokens)
+    counted = distinct_images(order, MIXING_STEPS)
+    whole = counted[:-1] if len(counted) == order.steps > 1 else counted  # the last batch may be smaller
+    ideal = expected_distinct_images(manifest.num_images, kept, min(batch, manifest.num_images * kept))
+    return float(whole.mean()), ideal, min(float(manifest.num_images), max(1.0, batch / kept))
+
+
+def checkpoint_folder(settings: TrainSettings, model: LoadedModel, manifest: Manifest, order: LaneOrder) -> str:
     """{root_dir}/out/checkpoints/{run_name}; where none is given, a name made of the settings with a digest of them all."""
-    everything = run_key(_identity(settings, model, manifest, settings.precision, total_images))
+    everything = run_key(identity_of(settings, model, manifest, settings.precision, order))
     backbone = model.config.name.rsplit("/", 1)[-1].removesuffix(".json")
     made = (
         f"{settings.dataset_name}_{backbone}_block{model.block_layer}_{settings.tokens}_x{settings.expansion_factor}"
-        f"_l1{settings.l1_coefficient:g}_lr{settings.lr:g}_{total_images}images_seed{settings.seed}_{everything[:6]}"
+        f"_l1{settings.l1_coefficient:g}_lr{settings.lr:g}_{images_of(order, order.steps):.0f}images"
+        f"_seed{settings.seed}_{everything[:6]}"
     )
     return storage.join(settings.root_dir, "out", "checkpoints", settings.run_name or made)
 
 
-def checkpoint_config(settings: TrainSettings, model: LoadedModel, total_images: int) -> dict[str, Any]:
+def checkpoint_config(settings: TrainSettings, model: LoadedModel, order: LaneOrder) -> dict[str, Any]:
     """The cfg of the checkpoint: what the released code looks up, what `--backbone` may be left out for, and the recipe."""
     recipe = {key: value for key, value in as_dict(settings).items() if key not in _NOT_RECIPE}
     return {
@@ -175,43 +205,47 @@ def checkpoint_config(settings: TrainSettings, model: LoadedModel, total_images:
         "model_name": model.config.name,
         "block_layer": model.block_layer - model.config.layers,
         "clip_digest": model.clip_digest,
-        "total_training_images": total_images,
+        "total_training_images": round(images_of(order, order.steps)),
         "class_token": settings.tokens == "cls",
     }
 
 
-_NOT_RECIPE = {
-    "root_dir", "ray_address", "overwrite", "backbone", "device", "total_training_tokens", "run_name", "max_bad_fraction",
+_PLACEMENT = {
+    "source", "activations", "num_workers", "accumulate", "checkpoint_steps", "checkpoint_minutes", "run_name",
+}  # fmt: skip
+"""Settings of training that say where and how, and not what."""
+_NOT_RECIPE = _PLACEMENT | {
+    "root_dir", "ray_address", "overwrite", "relist", "backbone", "device", "total_training_tokens", "max_bad_fraction",
+    "workers", "num_gpus", "decode_cpus", "no_progress_minutes",
 }  # fmt: skip
 
 
-def _checkpoint_names(settings: TrainSettings, total_images: int) -> list[str]:
-    """File names of the checkpoints on the way: sae_{images}_images.pt."""
-    steps = checkpoint_steps(settings.n_checkpoints, math.ceil(total_images / settings.batch_size))
-    return [f"sae_{step * settings.batch_size}_images.pt" for step in steps]
+def _extra_files(settings: TrainSettings, order: LaneOrder) -> dict[int, str]:
+    """Step → file name of each checkpoint on the way: sae_{images}_images.pt."""
+    steps = extra_steps(settings.n_checkpoints, order.steps)
+    return {step: f"sae_{images_of(order, step):.0f}_images.pt" for step in steps}
 
 
-def _identity(
-    settings: TrainSettings, model: LoadedModel, manifest: Manifest, precision: str, total_images: int
+def identity_of(
+    settings: TrainSettings, model: LoadedModel, manifest: Manifest, precision: str, order: LaneOrder
 ) -> dict[str, Any]:
-    recipe = {
-        key: value
-        for key, value in as_dict(settings).items()
-        if key in TrainSettings.__annotations__ and key not in {"run_name", "total_training_tokens", "total_training_images"}
-    }
+    """What the trained weights depend on."""
+    lengths = {"total_training_tokens", "total_training_images", "batch_size", "batch_tokens"}
+    recipe = {key: value for key, value in as_dict(settings).items() if key in TrainSettings.__annotations__}
     return {
         **model.identity(precision),
         "manifest": manifest.digest,
-        "total_images": total_images,
-        **recipe,
+        "total_draws": order.total,
+        "batch_draws": order.drawing.batch_size,
+        **{key: value for key, value in recipe.items() if key not in _PLACEMENT | lengths},
     }
 
 
 def log_summary(metrics: dict[str, float], uri: str) -> None:
     """The last lines of the job."""
     log.info(
-        "train: %s images in %.1f s (%.1f images/s), loss %.5f, mse %.5f, L0 %.1f, dead latents %.1f %%",
+        "train: %s images in %.1f s (%.1f images/s), loss %.5f, mse %.5f, L0 %.1f, explained variance %.2f %%, dead %.1f %%",
         f"{metrics['images']:,.0f}", metrics["wall_seconds"], metrics["images_per_second"], metrics["loss"],
-        metrics["mse_loss"], metrics["l0"], 100 * metrics["dead_share"],
+        metrics["mse_loss"], metrics["l0"], 100 * metrics["explained_variance"], 100 * metrics["dead_share"],
     )  # fmt: skip
-    log.info("train: checkpoint %s", storage.join(uri, "sae.pt"))
+    log.info("train: checkpoint %s", storage.join(uri, SAE_FILE))

@@ -1,159 +1,269 @@
-"""What the trainer does, as a Ray task: images stream in from Ray Data, messages stream out to the driver."""
+"""What a training worker does: its lanes' tokens in, steps together with the others, checkpoints out. Knows no Ray."""
 
-import json
-import math
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 
-from patchsae_ray.backbone.clip import Backbone
-from patchsae_ray.data.manifest import Manifest
-from patchsae_ray.data.shuffle import batches
-from patchsae_ray.errors import UserError
-from patchsae_ray.measure.stages import StageTimer, peak_bytes
-from patchsae_ray.pipelines.bundles import BadRows
-from patchsae_ray.pipelines.cluster import Plan
-from patchsae_ray.pipelines.model import PortableModel
-from patchsae_ray.pipelines.units import decoded_units
+from patchsae_ray.data.chunks import LaneOrder, wanted
+from patchsae_ray.data.mixing import TokenBatch, TokenMixer
+from patchsae_ray.errors import UserError, user_error
+from patchsae_ray.measure.matmul import matmul_rate
+from patchsae_ray.measure.stages import peak_bytes
+from patchsae_ray.names import Tokens
+from patchsae_ray.pipelines.prefetch import prefetched
+from patchsae_ray.pipelines.resume import AsyncWriter, Kind, ResumeFolder, Saved
+from patchsae_ray.pipelines.token_sources import ChunkSource
+from patchsae_ray.pipelines.train_board import Board, Message
+from patchsae_ray.sae.collective import Collective
 from patchsae_ray.sae.model import SparseAutoencoder, geometric_median, initialise
 from patchsae_ray.sae.objective import Objective
 from patchsae_ray.sae.schedules import Schedule
-from patchsae_ray.sae.trainer import Trainer
+from patchsae_ray.sae.trainer import StepMetrics, Trainer
 from patchsae_ray.settings import TrainSettings
 
 B_DEC_TOKENS = 65_536
 """Tokens, at most, whose centre b_dec starts at."""
 REPORT_STEPS = 10
 """Steps between the metrics that the driver gets."""
+AHEAD_BATCHES = 2
+"""Batches that are mixed while others are trained on."""
+_SAVE, _STOP = 1, 1 << 20  # flags that rank 0 raises with a step
+
+
+class Stopped(Exception):
+    """The board says that the run must stop."""
 
 
 @dataclass(frozen=True)
-class TrainTask:
-    """What the trainer gets."""
+class TrainRun:
+    """One run, the same for every worker."""
 
-    model: PortableModel
     settings: TrainSettings
-    total_images: int
-    order: tuple[int, ...]
-    """Units in the order of training, epochs laid end to end."""
-
-    @property
-    def total_steps(self) -> int:
-        return math.ceil(self.total_images / self.settings.batch_size)
-
-
-def checkpoint_steps(n_checkpoints: int, total_steps: int) -> list[int]:
-    """After which steps an extra checkpoint is taken: evenly spaced, never the last."""
-    steps = {round(total_steps * (index + 1) / (n_checkpoints + 1)) for index in range(n_checkpoints)}
-    return sorted(step for step in steps if 0 < step < total_steps)
+    order: LaneOrder
+    width: int
+    """d."""
+    cls_place: int | None
+    """Which of an image's tokens is CLS."""
+    resume: ResumeFolder
+    precision: str
+    extra_steps: tuple[int, ...]
+    """After which the weights alone are kept too (--n_checkpoints)."""
 
 
-@dataclass(frozen=True)
-class Message:
-    """From the trainer to the driver."""
-
-    images: int
-    step: int
-    metrics: dict[str, float]
-    weights: dict[str, np.ndarray] | None = None
-    """An autoencoder's tensors, at a checkpoint and at the end."""
-    bad: BadRows = field(default_factory=list)
-    """Unreadable images since the last message."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Stage times, with the last message."""
-    peak_bytes: int = 0
-    """Peak resident memory of the trainer, with the last message."""
-    last: bool = False
-
-
-def train_units(task: TrainTask, manifest: Manifest, image_size: int, plan: Plan) -> Iterator[Message]:
-    """The trainer's loop, run as a Ray task; yields messages."""
-    torch.set_num_threads(plan.threads)
-    settings, device = task.settings, plan.device
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    source = DecodedBlocks(manifest, task.order, image_size, plan)
-    backbone = task.model.build_backbone(device)
-    tokens = backbone.token_slice(settings.tokens)
-    trainer: Trainer | None = None
-    images, last, timer = 0, {}, StageTimer(device)
-    saves = checkpoint_steps(settings.n_checkpoints, task.total_steps)
-    for pixels in batches(source, settings.batch_size, task.total_images, settings.seed):
-        timer.mark("data")
-        x = residuals(backbone, pixels, tokens, device)
-        timer.mark("to_hook")
-        trainer = trainer or make_trainer(settings, x, task.total_steps)
-        with autocast(device, task.model.precision):
-            step = trainer.step(x)
-        images += len(pixels)
-        last = {**asdict(step), "dead_share": float(trainer.dead.float().mean())}
-        timer.mark("step")
-        save = trainer.step_index in saves
-        if save or trainer.step_index % REPORT_STEPS == 0:
-            yield Message(images, trainer.step_index, last, _weights(trainer.sae) if save else None, source.take_bad())
-    if trainer is None or images < task.total_images:
-        raise UserError(f"too few readable images: training ended after {images:,} of {task.total_images:,}")
-    seconds = timer.seconds
-    yield Message(images, trainer.step_index, last, _weights(trainer.sae), source.take_bad(), seconds, peak_bytes(), last=True)
-
-
-class DecodedBlocks:
-    """Blocks of pixels in training order, streamed by Ray Data; bad rows are kept aside.
+@dataclass
+class TrainWorker:
+    """One of the workers of a run.
 
     Args:
-        manifest: the images.
-        order: unit indices; a unit may come again in a later epoch.
-        image_size: side of the pixels.
-        plan: what decoding gets.
+        run: the run.
+        source: where chunks come from.
+        collective: the other workers.
+        board: the driver.
+        device: cpu or cuda.
+        ahead: whether batches are mixed ahead, on a thread; not where the source runs CLIP on the same device.
     """
 
-    def __init__(self, manifest: Manifest, order: tuple[int, ...], image_size: int, plan: Plan) -> None:
-        self._rows = decoded_units(manifest, order, image_size, plan)
-        self._seen: set[int] = set()
-        self._bad: BadRows = []
+    run: TrainRun
+    source: ChunkSource
+    collective: Collective
+    board: Board
+    device: str
+    ahead: bool
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for row in self._rows.iter_rows():
-            for position, path, reason in json.loads(row["header"])["bad"]:
-                if position not in self._seen:
-                    self._seen.add(position)
-                    self._bad.append((position, path, reason))
-            yield row["pixels"]
+    def __post_init__(self) -> None:
+        order = self.run.order
+        self._lanes = range(self.collective.rank, order.lanes, self.collective.size)
+        self._writer = AsyncWriter()
+        self._seconds = {"data": 0.0, "step": 0.0}
+        self._distinct, self._logged = 0, time.perf_counter()
+        self._logged_step = self._saved_step = 0
+        self._saved_at = time.monotonic()
+        self._bad_posted: set[int] = set()
 
-    def take_bad(self) -> BadRows:
-        """Bad rows since the last call, each position once."""
-        taken, self._bad = self._bad, []
-        return taken
+    def train(self) -> None:
+        """From the newest checkpoint, or from the start, to the end.
 
+        Raises: UserError for what the user can put right; Stopped where the board says so.
+        """
+        order, saved = self.run.order, self._resume()
+        cursors = np.zeros((order.lanes, 2), dtype=np.int64) if saved is None else saved.tensors["cursors"].numpy()
+        first = 0 if saved is None else saved.step
+        self._rate = matmul_rate(self.device, torch.bfloat16 if self.run.precision == "bf16" else torch.float32)
+        chunks = self.source.chunks(wanted(order, self._lanes, cursors))
+        self._mixer = TokenMixer(order, self._lanes, chunks, cursors, self.run.cls_place)
+        batches: Iterator[TokenBatch] = (self._mixer.step(step) for step in range(first, order.steps))
+        if self.ahead:
+            batches = prefetched(batches, AHEAD_BATCHES)
+        trainer = self._trainer(saved)
+        self._logged_step = self._saved_step = first
+        try:
+            for step in range(first, order.steps):
+                self._step(trainer, step, batches)
+            self._writer.wait()
+        finally:
+            for one in (batches, chunks):
+                close = getattr(one, "close", None)
+                if close is not None:
+                    close()
 
-def residuals(backbone: Backbone, pixels: np.ndarray, tokens: slice, device: str) -> Tensor:
-    """Pixels of a batch → residuals [n, t, d] in float32 at the hook."""
-    x = backbone.to_hook(torch.from_numpy(np.ascontiguousarray(pixels)).to(device))[:, tokens]
-    return x.to(torch.float32).clone()
+    def _resume(self) -> Saved | None:
+        """The checkpoint that rank 0 finds to be the newest whole one."""
+        folder, saved = self.run.resume, None
+        agreed = torch.zeros(1, dtype=torch.int64, device=self.device)
+        if self.collective.rank == 0:
+            saved = folder.newest(lambda line: self.board.post(Message(0, 0, warning=line)))
+            agreed[0] = 0 if saved is None else saved.step + 1
+        self.collective.sum_(agreed)
+        step = int(agreed) - 1
+        if step >= 0 and self.collective.rank == 0:
+            self.board.post(Message(step, self._tokens_after(step), resumed=True))
+        if step < 0 or saved is not None:
+            return saved
+        saved = folder.read(step)
+        if saved is None:
+            raise UserError(
+                f"{folder.own}: the checkpoint of step {step} cannot be read by every worker; a shared folder would"
+            )
+        return saved
 
+    def _tokens_after(self, step: int) -> int:
+        drawing = self.run.order.drawing
+        return min(step * drawing.batch_size, self.run.order.total) * drawing.draw_tokens
 
-def make_trainer(settings: TrainSettings, x: Tensor, total_steps: int) -> Trainer:
-    """A fresh autoencoder by the settings, b_dec at a centre of the first batch's tokens x [n, t, d]."""
-    width = x.shape[-1]
-    sae = SparseAutoencoder(width, width * settings.expansion_factor)
-    generator = torch.Generator().manual_seed(settings.seed)
-    initialise(sae, generator)
-    tokens = x.flatten(0, 1).cpu()
-    tokens = tokens[torch.randperm(len(tokens), generator=generator)[:B_DEC_TOKENS]]
-    with torch.no_grad():
-        if settings.b_dec_init_method == "geometric_median":
-            sae.b_dec.copy_(geometric_median(tokens))
-        elif settings.b_dec_init_method == "mean":
-            sae.b_dec.copy_(tokens.mean(dim=0))
-    objective = Objective(settings.l1_coefficient, settings.mse_cls_coefficient, settings.use_ghost_grads)
-    schedule = Schedule(settings.lr_scheduler_name, total_steps, settings.lr_warm_up_steps)
-    has_cls = settings.tokens != "patch"
-    return Trainer(sae.to(x.device), objective, schedule, settings.lr, settings.dead_feature_window, has_cls)
+    def _trainer(self, saved: Saved | None) -> Trainer:
+        """With the checkpoint's state, or at PatchSAE's start but for b_dec, which the first batch decides."""
+        settings = self.run.settings
+        sae = SparseAutoencoder(self.run.width, self.run.width * settings.expansion_factor)
+        if saved is None:
+            initialise(sae, torch.Generator().manual_seed(settings.seed))
+        trainer = Trainer(
+            sae.to(self.device),
+            Objective(settings.l1_coefficient, settings.mse_cls_coefficient, settings.use_ghost_grads),
+            Schedule(settings.lr_scheduler_name, self.run.order.steps, settings.lr_warm_up_steps),
+            settings.lr,
+            settings.dead_feature_window,
+            accumulate=settings.accumulate,
+            collective=self.collective,
+        )
+        if saved is not None:
+            trainer.load_state({name: value for name, value in saved.tensors.items() if name != "cursors"})
+        return trainer
+
+    def _step(self, trainer: Trainer, step: int, batches: Iterator[TokenBatch]) -> None:
+        start = time.perf_counter()
+        batch = next(batches)
+        x = batch.x.to(self.device, torch.float32, non_blocking=True) if len(batch.x) else self._no_tokens()
+        is_cls = None if batch.is_cls is None else batch.is_cls.to(self.device, non_blocking=True)
+        got = time.perf_counter()
+        if step == 0:
+            self._start_b_dec(trainer.sae, x)
+        num_tokens = self.run.order.step_draws(step) * self.run.order.drawing.draw_tokens
+        with autocast(self.device, self.run.precision):
+            metrics = trainer.step(x, is_cls, num_tokens, self._flags(step + 1))
+        done = time.perf_counter()
+        self._seconds["data"] += got - start
+        self._seconds["step"] += done - got
+        self._distinct += batch.distinct_images
+        self._post_bad(step + 1, batch)
+        if metrics.flag >= _STOP:
+            raise Stopped
+        last = step + 1 == self.run.order.steps
+        save = bool(metrics.flag & _SAVE) or last
+        values: dict[str, float] = {}
+        if save or (step + 1) % REPORT_STEPS == 0:
+            values = self._report(trainer, metrics, step + 1)
+        if step + 1 in self.run.extra_steps:
+            self._save(step + 1, trainer.sae.state_dict(), "weights", values)
+        if save:
+            self._save_all(trainer, step + 1, batch, values)
+
+    def _no_tokens(self) -> Tensor:
+        return torch.empty(0, self.run.width, device=self.device)
+
+    def _flags(self, done: int) -> int:
+        """What rank 0 has all workers do after the step that makes `done`."""
+        if self.collective.rank != 0:
+            return 0
+        settings = self.run.settings
+        by_steps = 0 < settings.checkpoint_steps <= done - self._saved_step
+        by_time = 0 < 60 * settings.checkpoint_minutes <= time.monotonic() - self._saved_at
+        stop = done % REPORT_STEPS == 0 and bool(self.board.stopped())
+        return (_SAVE if (by_steps or by_time) and not self._writer.busy else 0) + (_STOP if stop else 0)
+
+    @torch.no_grad()
+    def _start_b_dec(self, sae: SparseAutoencoder, x: Tensor) -> None:
+        """b_dec at a centre of the first global batch's tokens, the same for any number of workers."""
+        method = self.run.settings.b_dec_init_method
+        if method == "zeros":
+            return
+        order = self.run.order
+        shares = order.shares(0) * order.drawing.draw_tokens
+        starts = np.cumsum(shares) - shares
+        mine = np.concatenate([np.arange(starts[lane], starts[lane] + shares[lane]) for lane in self._lanes])
+        chosen = np.random.default_rng([self.run.settings.seed, B_DEC_TOKENS]).permutation(shares.sum())[:B_DEC_TOKENS]
+        slot = np.full(shares.sum(), -1)
+        slot[np.sort(chosen)] = np.arange(len(chosen))
+        slots = torch.from_numpy(slot[mine]).to(self.device)
+        tokens = torch.zeros(len(chosen), self.run.width, device=self.device)
+        tokens[slots[slots >= 0]] = x[slots >= 0]
+        self.collective.sum_(tokens)
+        tokens = tokens.cpu()
+        sae.b_dec.copy_(geometric_median(tokens) if method == "geometric_median" else tokens.mean(dim=0))
+
+    def _post_bad(self, step: int, batch: TokenBatch) -> None:
+        bad = [row for row in batch.bad if row[0] not in self._bad_posted]
+        if bad:
+            self._bad_posted.update(position for position, _, _ in bad)
+            self.board.post(Message(step, self._tokens_after(step), bad=bad))
+
+    def _report(self, trainer: Trainer, metrics: StepMetrics, step: int) -> dict[str, float]:
+        """Metrics of all workers' steps since the last report; rank 0 leaves them on the board."""
+        window = trainer.window_result()
+        shared = torch.tensor([self._seconds["data"], self._distinct], dtype=torch.float64, device=self.device)
+        self.collective.sum_(shared)
+        wait, distinct = shared.tolist()
+        now, steps = time.perf_counter(), step - self._logged_step
+        seconds = now - self._logged
+        tokens = self._tokens_after(step) - self._tokens_after(self._logged_step)
+        values = {
+            **{name: value for name, value in asdict(metrics).items() if name != "flag"},
+            **window.as_metrics(),
+            "lr": trainer.lr * trainer.schedule.factor(step - 1),
+            "distinct_images": distinct / steps,
+            "tokens_per_second": tokens / seconds,
+            "images_per_second": tokens / self.run.order.drawing.kept_tokens / seconds,
+            "data_wait_share": min(1.0, wait / self.collective.size / seconds),
+            "model_flop_utilisation": trainer.flops_last_step * steps / seconds / self._rate / self.collective.size,
+        }
+        message = Message(
+            step, self._tokens_after(step), values, seconds=self._seconds, peak_bytes=peak_bytes(),
+            most_tokens=self._mixer.most_tokens,
+        )  # fmt: skip
+        self.board.post(message if self.collective.rank == 0 else replace(message, metrics={}))
+        self._seconds, self._distinct = {"data": 0.0, "step": 0.0}, 0
+        self._logged, self._logged_step = now, step
+        return values
+
+    def _save_all(self, trainer: Trainer, step: int, batch: TokenBatch, values: dict[str, float]) -> None:
+        cursors = torch.from_numpy(batch.cursors).to(self.device)
+        self.collective.sum_(cursors)
+        self._saved_step, self._saved_at = step, time.monotonic()
+        self._save(step, {**trainer.state(), "cursors": cursors}, "step", values)
+
+    def _save(self, step: int, tensors: dict[str, Tensor], kind: Kind, values: dict[str, float]) -> None:
+        """Rank 0 writes in the background what all workers have alike."""
+        if self.collective.rank == 0:
+            self._writer.submit(lambda copies: self._write(step, copies, kind, values), tensors)
+
+    def _write(self, step: int, tensors: dict[str, Tensor], kind: Kind, values: dict[str, float]) -> None:
+        self.run.resume.save(step, tensors, kind, values)
+        self.board.post(Message(step, self._tokens_after(step), saved=kind))
 
 
 def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
@@ -161,5 +271,43 @@ def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
-def _weights(sae: SparseAutoencoder) -> dict[str, np.ndarray]:
-    return {name: value.detach().cpu().numpy().copy() for name, value in sae.state_dict().items()}
+def run_worker(worker: TrainWorker) -> None:
+    """Train, and leave on the board what the user can put right.
+
+    Raises: UserError, which is also on the board; anything else is a fault of ours.
+    """
+    try:
+        worker.train()
+    except Stopped:
+        return
+    except Exception as error:
+        known = _put_right(error, worker)
+        if known is None:
+            raise
+        worker.board.stop(str(known))
+        raise known from error
+
+
+def _put_right(error: Exception, worker: TrainWorker) -> UserError | None:
+    known = user_error(error)
+    if known is not None:
+        return known
+    if isinstance(error, FloatingPointError):
+        return UserError(f"training stopped: {error}; a lower --lr or another --precision would be right")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return UserError(
+            f"training worker {worker.collective.rank} of {worker.collective.size} ran out of memory on {worker.device}; "
+            "a smaller --batch_size, --buffer_tokens or --expansion_factor, or a larger --accumulate, would be right"
+        )
+    return None
+
+
+def tokens_of(kind: Tokens, patches: int, prompts: int) -> int:
+    """Tokens an image that `kind` means."""
+    return {"all": patches + 1 + prompts, "image": patches + 1, "patch": patches, "cls": 1}[kind]
+
+
+def extra_steps(n_checkpoints: int, total_steps: int) -> tuple[int, ...]:
+    """After which steps the weights are kept too: evenly spaced, never the last."""
+    steps = {round(total_steps * (index + 1) / (n_checkpoints + 1)) for index in range(n_checkpoints)}
+    return tuple(sorted(step for step in steps if 0 < step < total_steps))

@@ -52,7 +52,7 @@ class UnitTask(Protocol):
         ...
 
 
-class _Attempt:
+class Attempt:
     """An attempt at a unit, on record in the ledger while the `with` block runs."""
 
     def __init__(self, ledger: Any, stage: str, unit: int) -> None:
@@ -82,11 +82,11 @@ class _Actor:
             raise ValueError(f"an actor takes one unit at a time, got {len(row['index'])}")
         index = int(row["index"][0])
         header = json.loads(row["header"][0])
-        unit = DecodedUnit(row["pixels"][0], row["positions"][0], row["labels"][0], header["bad"], header["seconds"])
+        unit = DecodedUnit(row["pixels"][0], row["positions"][0], row["labels"][0], header["bad"], header["seconds"], index)
         notes = Notes([index], len(unit.positions), unit.bad, unit.seconds, failed=header["failed"])
         arrays: Arrays = {}
         if not notes.failed:
-            with _Attempt(self._ledger, "model", index) as failed:
+            with Attempt(self._ledger, "model", index) as failed:
                 notes.failed = failed
                 if not failed:
                     arrays, seconds = self._worker.process(unit, lambda images: self._reporter.report(index, images))
@@ -99,15 +99,13 @@ class _Actor:
 class DecodeRow:
     """A unit's row → its pixels as one tensor cell."""
 
-    def __init__(self, manifest: Manifest, image_size: int, ledger: Any = None) -> None:
+    def __init__(self, manifest: Manifest, image_size: int, ledger: Any) -> None:
         self._units, self._reading, self._image_size = manifest.units, manifest.reading, image_size
         self._ledger = ledger
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         index = int(row["unit"])
-        if self._ledger is None:
-            return self._decode(index)
-        with _Attempt(self._ledger, "decode", index) as failed:
+        with Attempt(self._ledger, "decode", index) as failed:
             return self._given_up(index, failed) if failed else self._decode(index)
 
     def _decode(self, index: int) -> dict[str, Any]:
@@ -131,12 +129,18 @@ class DecodeRow:
         }
 
 
-def decoded_units(manifest: Manifest, units: Sequence[int], image_size: int, plan: Plan, ledger: Any = None) -> Any:
-    """A Ray Data set of decoded units by their indices, one row and one block each, in the order given."""
+def prepare_context() -> Any:
+    """Ray Data's context of this process, as our pipelines want it."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
     context.execution_no_progress_timeout_s = -1  # ours looks inside the units
+    return context
+
+
+def decoded_units(manifest: Manifest, units: Sequence[int], image_size: int, plan: Plan, ledger: Any) -> Any:
+    """A Ray Data set of decoded units by their indices, one row and one block each, in the order given."""
+    prepare_context()
     rows = ray.data.from_items([{"unit": int(unit)} for unit in units], override_num_blocks=len(units))
     return rows.map(DecodeRow(manifest, image_size, ledger).__call__, num_cpus=plan.decode_cpus)
 

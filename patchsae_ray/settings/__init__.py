@@ -21,9 +21,10 @@ from patchsae_ray.settings.jobs import (
     ExtractSettings,
     SteerSettings,
 )
-from patchsae_ray.settings.train import TrainSettings
+from patchsae_ray.settings.train import CacheSettings, TrainSettings
 
 __all__ = [
+    "CacheSettings",
     "ClassLatentsSettings",
     "CompareSettings",
     "DataSettings",

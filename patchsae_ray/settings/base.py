@@ -43,7 +43,13 @@ def check_folder_name(flag: str, name: str) -> None:
 
 
 _BOUNDS: dict[str, tuple[float, float]] = {
+    "accumulate": (1, math.inf),
     "batch_size": (1, math.inf),
+    "batch_tokens": (1, math.inf),
+    "buffer_tokens": (1, math.inf),
+    "checkpoint_minutes": (0, math.inf),
+    "checkpoint_steps": (0, math.inf),
+    "clip_batch_size": (1, 512),
     "dead_feature_window": (1, math.inf),
     "expansion_factor": (1, math.inf),
     "eval_images": (0, math.inf),
@@ -59,8 +65,10 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "n_checkpoints": (0, math.inf),
     "decode_cpus": (0.01, math.inf),
     "no_progress_minutes": (0.1, math.inf),
+    "num_workers": (0, math.inf),
     "quality_images": (0, math.inf),
     "seed": (0, 2**63 - 1),
+    "token_share": (0, 1),
     "top_k": (1, math.inf),
     "total_training_images": (1, math.inf),
     "total_training_tokens": (1, math.inf),

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from patchsae_ray.pipelines.runner import Session
 from tests.benchmarks.pipeline import NoTracker, Totals
 from tests.conftest import ROOT, JobRunner, RayHead, S3Server, golden_model_flags
 from tests.data.makers import parquet_bytes, write
+from tests.pipelines.commands import start, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -71,27 +71,6 @@ def undisturbed(run_command: JobRunner, data: Path, tmp_path_factory: pytest.Tem
     assert done.code == 0, done.err
     assert record(str(root))["num_units"] == 5
     return results(str(root))
-
-
-def start(
-    ray_head: RayHead, ready_mlflow: Path, folder: Path, root: str, *flags: str, job: str = "extract"
-) -> "subprocess.Popen[str]":
-    """A job that goes on in the background, its output in files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ready_mlflow, folder / "mlflow.db")
-    environment = {
-        **ray_head.environment, "RAY_ADDRESS": ray_head.address, "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
-    }  # fmt: skip
-    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--root_dir", root, *flags]
-    with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err, text=True)
-
-
-def wait_for(happened: Callable[[], object], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def bundles(root: str) -> list[str]:

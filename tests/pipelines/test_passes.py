@@ -35,7 +35,7 @@ def test_decode_and_model_stay_two_operators(capfd: pytest.CaptureFixture[str]) 
         "cpu", min_actors=1, max_actors=1, actor_cpus=1.0, actor_gpus=0.0, decode_cpus=0.5, threads=2, precision="fp32"
     )
     manifest = open_dataset("golden", str(GOLDEN / "images"), None, None)
-    rows = decoded_units(manifest, range(len(manifest.units)), 32, plan)
+    rows = decoded_units(manifest, range(len(manifest.units)), 32, plan, None)
     mapped = rows.map_batches(
         _Actor, batch_size=1, num_cpus=plan.actor_cpus, compute=ray.data.ActorPoolStrategy(size=1),
         fn_constructor_args=(None, plan, None),

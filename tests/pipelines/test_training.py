@@ -1,78 +1,214 @@
-"""jobs/train.py as a command: what it writes, that it is the seed's alone, and that each flag does what it says."""
+"""jobs/train.py: what it writes, that the seed decides, that where tokens come from does not, and each thing gone wrong."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from patchsae_ray.pipelines.train import images_to_train_on
-from patchsae_ray.pipelines.train_worker import checkpoint_steps
-from patchsae_ray.sae.checkpoint import read_checkpoint
+from patchsae_ray.errors import UserError
+from patchsae_ray.parsing import parse
+from patchsae_ray.pipelines.model import load_model
+from patchsae_ray.pipelines.train import images_of, order_of, train
+from patchsae_ray.pipelines.train_worker import extra_steps
+from patchsae_ray.sae.checkpoint import SaeCheckpoint, read_checkpoint
+from patchsae_ray.settings import TrainSettings
 from tests.conftest import GOLDEN, JobRunner
+from tests.data.makers import picture
 from tests.sae.test_checkpoint import RELEASED_LOOKS_UP
-
-pytestmark = pytest.mark.ray
 
 MODEL = ["--backbone", str(GOLDEN / "clip.json"), "--clip_weights", str(GOLDEN / "clip.safetensors")]
 DATA = ["--dataset_name", "golden", "--dataset_path", str(GOLDEN / "images")]
 SHORT = [*MODEL, *DATA, "--expansion_factor", "2", "--batch_size", "16", "--total_training_images", "200"]
+SHORT += ["--clip_batch_size", "8", "--num_workers", "0"]
+
+REGRESSION = ["--run_name", "regression", "--total_training_images", "800", "--lr", "0.003", "--lr_warm_up_steps", "5"]
+REGRESSION += ["--l1_coefficient", "0.003", "--dead_feature_window", "2"]
+
+Train = Callable[..., dict[str, float]]
 
 
-def test_train_writes_checkpoints_that_read_back(run_command: JobRunner, tmp_path: Path) -> None:
+@pytest.fixture
+def train_here(ready_mlflow: Path, tmp_path: Path) -> Train:
+    """Train in this process, under tmp_path."""
+    return trainer_under(tmp_path, ready_mlflow)
+
+
+def trainer_under(root: Path, ready_mlflow: Path) -> Train:
+    shutil.copy(ready_mlflow, root / "mlflow.db")
+
+    def run(*flags: str) -> dict[str, float]:
+        return train(parse(TrainSettings, ["--root_dir", str(root), *flags]))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain(ready_mlflow: Path, tmp_path_factory: pytest.TempPathFactory) -> SaeCheckpoint:
+    """What SHORT alone comes to."""
+    root = tmp_path_factory.mktemp("plain")
+    trainer_under(root, ready_mlflow)(*SHORT, "--run_name", "plain")
+    return checkpoint(root, "plain")
+
+
+def checkpoint(root: Path, name: str) -> SaeCheckpoint:
+    return read_checkpoint(str(root / "out" / "checkpoints" / name / "sae.pt"))
+
+
+def test_train_writes_checkpoints_that_read_back(train_here: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     flags = [*SHORT, "--run_name", "tiny", "--n_checkpoints", "2", "--block_layer", "-3", "--lr_warm_up_steps", "5"]
-    done = run_command("train", tmp_path, *flags)
-    assert done.code == 0, done.err
+    metrics = train_here(*flags)
     folder = tmp_path / "out" / "checkpoints" / "tiny"
     written = {path.name for path in folder.iterdir()}
     assert written == {
-        "sae.pt", "sae.safetensors", "run.json", "errors.parquet", "sae_64_images.pt", "sae_144_images.pt",
+        "sae.pt", "sae.safetensors", "run.json", "errors.parquet", "batch_mixing.png", "sae_64_images.pt", "sae_144_images.pt",
     }  # fmt: skip
-    checkpoint = read_checkpoint(str(folder / "sae.pt"))
-    assert checkpoint.digest == read_checkpoint(str(folder / "sae.safetensors")).digest
-    assert (checkpoint.sae.d_in, checkpoint.sae.d_sae) == (128, 256)
-    assert checkpoint.block_layer == -3
+    found = checkpoint(tmp_path, "tiny")
+    assert found.digest == read_checkpoint(str(folder / "sae.safetensors")).digest
+    assert (found.sae.d_in, found.sae.d_sae) == (128, 256)
+    assert found.block_layer == -3
     assert set(torch.load(folder / "sae.pt", weights_only=True)["cfg"]) >= RELEASED_LOOKS_UP
-    metrics = json.loads((folder / "run.json").read_text())["runs"]["train"]["summary"]
     assert (metrics["images"], metrics["steps"]) == (200, 13)
     early = read_checkpoint(str(folder / "sae_64_images.pt"))
-    assert early.digest != checkpoint.digest
-    again = run_command("train", tmp_path, *flags)
-    assert again.code == 0
-    assert "done already" in again.out
-    other = run_command("train", tmp_path, *flags, "--lr", "0.1")
-    assert other.code == 2
-    assert "lr 0.0004 there, 0.1 here" in other.err
-    assert read_checkpoint(str(folder / "sae.pt")).digest == checkpoint.digest
+    assert early.digest != found.digest
+    caplog.set_level("INFO")
+    assert train_here(*flags) == json.loads((folder / "run.json").read_text())["runs"]["train"]["summary"]
+    assert "done already" in caplog.text
+    with pytest.raises(UserError, match=r"lr 0.0004 there, 0.1 here"):
+        train_here(*flags, "--lr", "0.1")
+    assert checkpoint(tmp_path, "tiny").digest == found.digest
+    caplog.clear()
+    train_here(*flags, "--overwrite")
+    assert "done already" not in caplog.text
+    assert checkpoint(tmp_path, "tiny").digest == found.digest
 
 
-def test_the_seed_decides_the_weights(run_command: JobRunner, tmp_path: Path) -> None:
-    digests = {}
-    for name, seed in {"first": "1", "again": "1", "other": "2"}.items():
-        done = run_command("train", tmp_path, *SHORT, "--run_name", name, "--seed", seed, "--tokens", "patch")
-        assert done.code == 0, done.err
-        digests[name] = read_checkpoint(str(tmp_path / "out" / "checkpoints" / name / "sae.pt")).digest
-    assert digests["first"] == digests["again"] != digests["other"]
+def test_the_seed_decides_the_weights(train_here: Train, tmp_path: Path, plain: SaeCheckpoint) -> None:
+    for name, seed in {"same": "42", "other": "2"}.items():
+        train_here(*SHORT, "--run_name", name, "--seed", seed)
+    assert checkpoint(tmp_path, "same").digest == plain.digest != checkpoint(tmp_path, "other").digest
 
 
-def test_a_loss_that_explodes_is_one_line(run_command: JobRunner, tmp_path: Path) -> None:
-    done = run_command("train", tmp_path, *SHORT, "--lr", "1e30", "--lr_scheduler_name", "constant")
-    assert done.code == 2
-    assert "error: training stopped: the loss is" in done.err
-    assert not (tmp_path / "out" / "checkpoints").exists()
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batching", "images"],
+        ["--token_share", "0.5"],
+        ["--activation_dtype", "fp32"],
+        ["--batch_tokens", "100"],
+        ["--buffer_tokens", "2000"],
+        ["--clip_batch_size", "4"],
+        ["--b_dec_init_method", "mean"],
+    ],
+)
+def test_each_setting_changes_what_is_learned(
+    train_here: Train, tmp_path: Path, plain: SaeCheckpoint, flags: list[str]
+) -> None:
+    train_here(*SHORT, "--run_name", "other", *flags)
+    assert checkpoint(tmp_path, "other").digest != plain.digest
 
 
-def test_checkpoint_steps() -> None:
-    assert checkpoint_steps(0, 100) == []
-    assert checkpoint_steps(3, 100) == [25, 50, 75]
-    assert checkpoint_steps(50, 4) == [1, 2, 3]
+def test_accumulation_changes_memory_and_nothing_else(train_here: Train, tmp_path: Path, plain: SaeCheckpoint) -> None:
+    train_here(*SHORT, "--run_name", "parts", "--accumulate", "3")
+    parts = checkpoint(tmp_path, "parts").sae.state_dict()
+    for name, value in plain.sae.state_dict().items():
+        assert torch.allclose(value, parts[name], atol=1e-5), name
+
+
+def test_a_tiny_runs_metrics_are_what_they_were(train_here: Train) -> None:
+    """The committed values; a change of them is a change of the training, and is made on purpose."""
+    expected = json.loads((Path(__file__).parent / "expected_training.json").read_text())
+    metrics = train_here(*SHORT, *REGRESSION)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_loss_that_explodes_is_one_line(train_here: Train, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^training stopped: the loss is .*; a lower --lr or another"):
+        train_here(*SHORT, "--lr", "1e30", "--lr_scheduler_name", "constant", "--run_name", "wild")
+    assert not list((tmp_path / "out").rglob("sae.*"))
+
+
+def test_running_out_of_memory_is_one_line(train_here: Train, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"training worker 0 of 1 ran out of memory on cpu; a smaller --batch_size"):
+        train_here(*SHORT, "--expansion_factor", "100000000", "--run_name", "huge")
+    assert not list((tmp_path / "out").rglob("sae.*"))
+
+
+def test_nan_activations_are_named(train_here: Train, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(GOLDEN / "clip.safetensors")
+    weights["visual.ln_pre.bias"][3] = float("inf")
+    save_file(weights, tmp_path / "broken.safetensors")
+    with pytest.raises(UserError, match=r"image \d+ of the data set: NaN or infinite activations at the hook"):
+        train_here(*SHORT, "--clip_weights", str(tmp_path / "broken.safetensors"), "--run_name", "nan")
+
+
+def test_too_many_bad_images_stop_the_run_and_few_are_listed(train_here: Train, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(40):
+        data = picture(number)
+        (images / f"{number:03d}.png").write_bytes(data[:60] if number == 7 else data)
+    flags = [*SHORT, "--dataset_name", "torn", "--dataset_path", str(images), "--run_name", "torn"]
+    with pytest.raises(UserError, match=r"1 of 40 images cannot be read, the first 007.png \("):
+        train_here(*flags)
+    assert train_here(*flags, "--max_bad_fraction", "0.05")["bad_images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--source", "cached"], "--source cached needs --activations"),
+        (["--source", "fused", "--activations", "x"], "--activations is for --source cached"),
+        (["--workers", "2"], "--workers is for --source streamed; tokens are fused here"),
+        (["--batching", "images", "--batch_tokens", "9"], "--batch_tokens: with --batching images"),
+        (["--token_share", "0"], "--token_share 0: above 0"),
+        (["--checkpoint_steps", "0", "--checkpoint_minutes", "0"], "one of them above 0"),
+        (["--activations", "/nowhere"], "--activations /nowhere: no cache.json there"),
+    ],
+)
+def test_flags_that_do_not_go_together(train_here: Train, flags: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        train_here(*SHORT, *flags)
+
+
+def test_extra_steps() -> None:
+    assert extra_steps(0, 100) == ()
+    assert extra_steps(3, 100) == (25, 50, 75)
+    assert extra_steps(50, 4) == (1, 2, 3)
 
 
 def test_tokens_are_counted_as_tokens() -> None:
-    from patchsae_ray.pipelines.model import load_model
-    from patchsae_ray.settings import TrainSettings
+    from patchsae_ray.data.catalog import open_dataset
 
-    settings = {kind: TrainSettings(total_training_tokens=1000, tokens=kind) for kind in ("all", "patch", "cls")}  # type: ignore[arg-type]
-    model = load_model(settings["all"])
-    assert {kind: images_to_train_on(one, model) for kind, one in settings.items()} == {"all": 16, "patch": 16, "cls": 1000}
-    assert images_to_train_on(TrainSettings(), model) == 2_621_440
+    manifest = open_dataset("demo", None, None, None)
+
+    def images(**how: object) -> float:
+        settings = TrainSettings(**how)  # type: ignore[arg-type]
+        order = order_of(settings, load_model(settings), manifest)
+        return images_of(order, order.steps)
+
+    assert images(total_training_tokens=1300) == 20
+    assert images(total_training_tokens=1300, batching="images") == 20
+    assert images(total_training_tokens=1280, tokens="patch") == 20
+    assert images(total_training_tokens=1000, tokens="cls") == 1000
+    assert images() == 2_621_440
+    assert images(token_share=0.5) == 2_621_440
+
+
+@pytest.mark.ray
+def test_streams_through_ray_train_learn_the_same(run_command: JobRunner, tmp_path: Path, plain: SaeCheckpoint) -> None:
+    done = run_command("train", tmp_path, *SHORT, "--run_name", "streamed", "--num_workers", "1", "--source", "streamed")
+    assert done.code == 0, done.err
+    assert "tokens streamed, 1 CLIP actor" in done.out
+    assert checkpoint(tmp_path, "streamed").digest == plain.digest
+
+
+@pytest.mark.ray
+def test_more_workers_than_lanes_are_refused(run_command: JobRunner, tmp_path: Path) -> None:
+    done = run_command("train", tmp_path, *SHORT, "--num_workers", "40")
+    assert done.code == 2
+    assert "error: --num_workers 40: the tokens of this run come in" in done.err

@@ -1,0 +1,233 @@
+"""Starting training workers, in this process or by Ray Train, hearing what they say, and starting them again."""
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from patchsae_ray.data.activations import ActivationCache
+from patchsae_ray.data.manifest import Manifest
+from patchsae_ray.errors import UserError, first_line
+from patchsae_ray.names import ActivationDtype, Tokens
+from patchsae_ray.pipelines.model import PortableModel
+from patchsae_ray.pipelines.progress import duration, on_this_machine
+from patchsae_ray.pipelines.streamed import Streamed, TowerTask
+from patchsae_ray.pipelines.token_sources import Cached, ChunkSource, ChunkTower, Fused
+from patchsae_ray.pipelines.train_board import Board, Message, RemoteBoard, TrainBoard
+from patchsae_ray.pipelines.train_plan import TrainPlan
+from patchsae_ray.pipelines.train_worker import TrainRun, TrainWorker, run_worker
+from patchsae_ray.sae.collective import Alone, Distributed
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS = 3
+"""How often in a row workers may die without a new checkpoint."""
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """All that a worker is started with."""
+
+    run: TrainRun
+    plan: TrainPlan
+    manifest: Manifest
+    image_size: int
+    model: PortableModel
+    tokens: Tokens
+    dtype: ActivationDtype
+    chunk_images: int
+    cache: ActivationCache | None = None
+    cached_tokens: slice = field(default_factory=lambda: slice(None))
+    """Which of the cached tokens are `tokens`."""
+
+    def source(self, board: Any, workers: int) -> ChunkSource:
+        """Where a worker's chunks come from.
+
+        Args:
+            board: the actor; only streams need it.
+            workers: how many there are.
+        """
+        lanes = max(1, self.run.order.lanes // workers)
+        if self.cache is not None:
+            return Cached(self.cache, self.manifest, self.cached_tokens, self.dtype, lanes)
+        task = TowerTask(self.model, self.tokens, self.dtype, self.chunk_images)
+        if self.plan.source == "streamed":
+            return Streamed(self.manifest, self.image_size, task, self.run.order, self.plan, board, lanes, self.run.width)
+        tower: ChunkTower = task.start(self.plan.device)
+        return Fused(self.manifest, self.image_size, tower)
+
+
+class Listener(Protocol):
+    """The driver's side: told every message, in order."""
+
+    def hear(self, message: Message) -> None:
+        """Take in a message."""
+        ...
+
+
+class _LocalBoard(TrainBoard):
+    """A board in the same process, whose messages are heard at once."""
+
+    def __init__(self, num_images: int, max_bad_fraction: float, listener: Listener) -> None:
+        super().__init__(num_images, max_bad_fraction)
+        self._listener = listener
+
+    def post(self, message: Message) -> None:
+        super().post(message)
+        self._listener.hear(message)
+
+
+def launch(job: TrainJob, max_bad_fraction: float, no_progress_minutes: float, listener: Listener) -> None:
+    """Train to the end.
+
+    Raises: UserError for what the user can put right: what a worker found, workers that keep dying, no progress.
+    """
+    num_images = job.manifest.num_images
+    if not job.plan.on_ray:
+        board = _LocalBoard(num_images, max_bad_fraction, listener)
+        _work(job, board, None, Alone())
+        _raise_stopped(board.stopped())
+        return
+    remote = ray.remote(TrainBoard).options(num_cpus=0, scheduling_strategy=on_this_machine())
+    actor = remote.remote(num_images, max_bad_fraction)
+    heard = _Heard(actor, listener)
+    try:
+        if job.plan.num_workers == 0:
+            heard.while_running(lambda: _work(job, RemoteBoard(actor), actor, Alone()), no_progress_minutes)
+        else:
+            _fit_again_and_again(job, actor, heard, no_progress_minutes)
+        _raise_stopped(str(ray.get(actor.stopped.remote())))
+    finally:
+        ray.kill(actor)
+
+
+def _raise_stopped(reason: str) -> None:
+    if reason:
+        raise UserError(reason)
+
+
+def _work(job: TrainJob, board: Board, actor: Any, collective: Any) -> None:
+    source = job.source(actor, collective.size)
+    ahead = not isinstance(source, Fused)
+    run_worker(TrainWorker(job.run, source, collective, board, job.plan.device, ahead))
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    """What Ray Train runs in each worker; the process group is there."""
+    job: TrainJob = ray.get(config["job"][0])
+    torch.set_num_threads(job.plan.threads)
+    world = ray.train.get_context().get_world_size()
+    collective = Distributed(job.run.settings.gradient_compression == "bf16") if world > 1 else Alone()
+    _work(job, RemoteBoard(config["board"]), config["board"], collective)
+
+
+def _fit_again_and_again(job: TrainJob, actor: Any, heard: "_Heard", no_progress_minutes: float) -> None:
+    """Ray Train, started again from the newest checkpoint whenever workers die.
+
+    Raises: UserError where they die MAX_DEATHS times in a row without a new checkpoint.
+    """
+    kept = [ray.put(job)]  # in a list, so that Ray Train hands on the reference
+    deaths = 0
+    while True:
+        saved = heard.saved_step
+        try:
+            heard.while_running(lambda: _fit(job.plan, kept, actor), no_progress_minutes)
+            return
+        except ray.train.v2.api.exceptions.TrainingFailedError as error:
+            _raise_stopped(str(ray.get(actor.stopped.remote())))
+            reason = _death(error)
+            if reason is None:
+                raise
+        deaths = 1 if heard.saved_step > saved else deaths + 1
+        if deaths > MAX_DEATHS:
+            raise UserError(
+                f"training workers died {deaths} times without a new checkpoint, the last time: {reason}; "
+                "what was trained up to the newest checkpoint stays, and the same command goes on from there"
+            )
+        log.warning("train: %s; starting again from the newest checkpoint", reason)
+
+
+def _fit(plan: TrainPlan, kept: list[Any], actor: Any) -> None:
+    resources = {"CPU": plan.worker_cpus, **({"GPU": plan.worker_gpus} if plan.worker_gpus else {})}
+    with tempfile.TemporaryDirectory(prefix="ray-train-") as scratch:  # Ray Train's own notes; checkpoints are ours
+        TorchTrainer(
+            _train_loop,
+            train_loop_config={"job": kept, "board": actor},
+            torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=plan.num_workers, use_gpu=plan.device == "cuda", resources_per_worker=resources
+            ),
+            run_config=ray.train.RunConfig(name="train", storage_path=scratch),
+        ).fit()
+
+
+def _death(error: Exception) -> str | None:
+    """In one line how a worker died; None where an error of our own ended it."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    for rank, failure in sorted(failures.items()):
+        if isinstance(failure, ray.exceptions.RayError) and not isinstance(failure, ray.exceptions.RayTaskError):
+            return f"training worker {rank} died ({first_line(failure)})"
+        text = f"{type(failure).__name__}: {failure}"
+        if "HealthCheck" in text or "died" in text:
+            return f"training worker {rank} died ({first_line(failure)})"
+    return None
+
+
+class _Heard:
+    """Takes the board's messages while workers run.
+
+    Args:
+        actor: the board.
+        listener: told each message.
+    """
+
+    def __init__(self, actor: Any, listener: Listener) -> None:
+        self._actor, self._listener = actor, listener
+        self.saved_step = 0
+        """Of the newest checkpoint."""
+
+    def while_running(self, work: Callable[[], None], no_progress_minutes: float) -> None:
+        """Run `work` on a thread and hear messages until it ends.
+
+        Raises: what it raised; UserError where no message came for too long.
+        """
+        raised: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=run, name="training", daemon=True)
+        thread.start()
+        moved = time.monotonic()
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            if self._take():
+                moved = time.monotonic()
+            elif time.monotonic() - moved > 60 * no_progress_minutes:
+                raise UserError(
+                    f"train: nothing was heard for {duration(time.monotonic() - moved)} (--no_progress_minutes); "
+                    "what the newest checkpoint holds stays, and the same command goes on from there"
+                )
+        self._take()
+        if raised:
+            raise raised[0]
+
+    def _take(self) -> bool:
+        messages: list[Message] = ray.get(self._actor.take.remote())
+        for message in messages:
+            if message.saved == "step":
+                self.saved_step = max(self.saved_step, message.step)
+            self._listener.hear(message)
+        return bool(messages)
