@@ -6,6 +6,7 @@ lanes in turn, and a lane holds one chunk at a time. A global batch takes an equ
 lanes r, r + N, …: neither timing nor the number of workers enters.
 """
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -66,6 +67,11 @@ class Drawing:
     def kept_tokens(self) -> int:
         """Of each image: `share` of t, rounded, at least 1."""
         return max(1, round(self.share * self.tokens_per_image))
+
+    @property
+    def image_draws(self) -> int:
+        """Draws an image."""
+        return self.kept_tokens // self.draw_tokens
 
     @property
     def draw_tokens(self) -> int:
@@ -160,17 +166,32 @@ class Wanted:
     chunk: Chunk
 
 
-def wanted(order: LaneOrder, lanes: Sequence[int], cursors: np.ndarray) -> Iterator[Wanted]:
-    """The chunks that some lanes need, without end, about in the order in which they need them.
+class Demand(Iterator[Wanted]):
+    """The chunks that some lanes will need, without end, in the order in which they will need them.
+
+    All lanes are drawn from at the same pace, so a chunk is needed when what comes before it in its lane is drawn. How much
+    that is follows from the number of images; those that turn out to be unreadable are told to `short`. The order says when
+    a chunk is fetched, never what is drawn.
 
     Args:
         order: of the run.
         lanes: those of one worker.
         cursors: [L, 2] (ordinal of the chunk, draws taken from it) of every lane.
     """
-    ordinal = int(cursors[list(lanes), 0].min())
-    while True:
-        for lane in lanes:
-            if ordinal >= cursors[lane, 0]:
-                yield Wanted(lane, ordinal, *order.chunk(lane, ordinal))
-        ordinal += 1
+
+    def __init__(self, order: LaneOrder, lanes: Sequence[int], cursors: np.ndarray) -> None:
+        self._order = order
+        self._due = [(-int(cursors[lane, 1]), lane, int(cursors[lane, 0])) for lane in lanes]
+        heapq.heapify(self._due)
+        self._short = dict.fromkeys(lanes, 0)
+
+    def __next__(self) -> Wanted:
+        due, lane, ordinal = heapq.heappop(self._due)
+        epoch, chunk = self._order.chunk(lane, ordinal)
+        short, self._short[lane] = self._short[lane], 0
+        heapq.heappush(self._due, (due + chunk.count * self._order.drawing.image_draws - short, lane, ordinal + 1))
+        return Wanted(lane, ordinal, epoch, chunk)
+
+    def short(self, lane: int, images: int) -> None:
+        """A chunk of the lane had so many images less than it should."""
+        self._short[lane] += images * self._order.drawing.image_draws

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchsae_ray.data.chunks import Chunk, LaneOrder, Wanted, wanted
+from patchsae_ray.data.chunks import Demand, LaneOrder, Wanted
 from patchsae_ray.errors import UserError
 
 
@@ -72,7 +72,8 @@ class TokenMixer:
     Args:
         order: of the run.
         lanes: this worker's, ascending.
-        source: their chunks, about in the order of `chunks.wanted`.
+        demand: what they need.
+        source: their chunks, in the order of `demand`.
         cursors: [L, 2] of every lane: where the run stands.
         cls_place: which of an image's tokens is CLS, None where none is.
     """
@@ -81,11 +82,12 @@ class TokenMixer:
         self,
         order: LaneOrder,
         lanes: Sequence[int],
+        demand: Demand,
         source: Iterator[tuple[Wanted, ChunkTokens]],
         cursors: np.ndarray,
         cls_place: int | None,
     ) -> None:
-        self._order, self._source, self._cls_place = order, source, cls_place
+        self._order, self._demand, self._source, self._cls_place = order, demand, source, cls_place
         self._lanes = {lane: _Lane() for lane in lanes}
         self._cursors = np.zeros_like(cursors)
         self._cursors[list(lanes)] = cursors[list(lanes)]
@@ -139,6 +141,7 @@ class TokenMixer:
             one, content = next(self._source)
             content.check()
             self._bad += content.bad
+            self._demand.short(one.lane, one.chunk.count - len(content.values))
             self._early[one.lane, one.ordinal] = one, content
         self._lanes[lane].fill(self._order, *self._early.pop(key))
         self._filled[lane] = ordinal
@@ -166,14 +169,8 @@ def distinct_images(order: LaneOrder, steps: int) -> np.ndarray:
     """Distinct images in each of the first steps' batches, every image readable: the order alone, without tokens."""
     lanes = range(order.lanes)
     cursors = np.zeros((order.lanes, 2), dtype=np.int64)
-    mixer = TokenMixer(order, lanes, _blank_chunks(order, cursors), cursors, None)
+    demand = Demand(order, lanes, cursors)
+    t = order.drawing.tokens_per_image
+    blank = ((one, ChunkTokens(torch.zeros(one.chunk.count, t, 0), np.arange(one.chunk.count))) for one in demand)
+    mixer = TokenMixer(order, lanes, demand, blank, cursors, None)
     return np.array([mixer.step(step).distinct_images for step in range(min(steps, order.steps))])
-
-
-def _blank_chunks(order: LaneOrder, cursors: np.ndarray) -> Iterator[tuple[Wanted, ChunkTokens]]:
-    for one in wanted(order, range(order.lanes), cursors):
-        yield one, ChunkTokens(_blank(one.chunk, order.drawing.tokens_per_image), np.arange(one.chunk.count))
-
-
-def _blank(chunk: Chunk, tokens_per_image: int) -> Tensor:
-    return torch.zeros(chunk.count, tokens_per_image, 0)

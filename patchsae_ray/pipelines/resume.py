@@ -40,8 +40,8 @@ class Saved:
 
     step: int
     tensors: dict[str, Tensor]
-    notes: dict[str, float]
-    """The metrics of the steps before it."""
+    notes: dict[str, Any]
+    """What the steps before it showed, as plain values."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ResumeFolder:
         return storage.join(self.uri, self.key[:16])
 
     def save(
-        self, step: int, tensors: Mapping[str, Tensor], kind: Kind = "step", notes: Mapping[str, float] | None = None
+        self, step: int, tensors: Mapping[str, Tensor], kind: Kind = "step", notes: Mapping[str, Any] | None = None
     ) -> None:
         """Write a checkpoint, then remove what is older than the one before it; of weights alone all are kept.
 

@@ -14,7 +14,8 @@ from patchsae_ray.data.kept import keep
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.mixing import distinct_images, expected_distinct_images
 from patchsae_ray.errors import UserError
-from patchsae_ray.figures_train import mixing_figure
+from patchsae_ray.figures_train import density_figure, mixing_figure
+from patchsae_ray.measure.training import LOG_DENSITY_EDGES
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.cached import cached_tokens, open_cache, tokens_of
 from patchsae_ray.pipelines.model import LoadedModel, load_model
@@ -33,7 +34,7 @@ from patchsae_ray.settings import TrainSettings, as_dict
 log = logging.getLogger(__name__)
 
 PATCHSAE_TOTAL_IMAGES = 2_621_440
-SAE_FILE, SAFE_FILE, MIXING_FILE = "sae.pt", "sae.safetensors", "batch_mixing.png"
+SAE_FILE, SAFE_FILE, MIXING_FILE, DENSITY_FILE = "sae.pt", "sae.safetensors", "batch_mixing.png", "latent_density.png"
 MIXING_STEPS = 20
 """Batches whose images are counted for the figure."""
 _WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -50,7 +51,7 @@ def train(settings: TrainSettings) -> dict[str, float]:
     )
     order = order_of(settings, model, manifest)
     uri = checkpoint_folder(settings, model, manifest, order)
-    names = [SAE_FILE, SAFE_FILE, MIXING_FILE, ERRORS_FILE, *_extra_files(settings, order).values()]
+    names = [SAE_FILE, SAFE_FILE, MIXING_FILE, DENSITY_FILE, ERRORS_FILE, *_extra_files(settings, order).values()]
     folders = {}
     for precision in cluster.possible_precisions(settings.precision):
         identity = identity_of(settings, model, manifest, precision, order)
@@ -117,14 +118,20 @@ def _made(
     sae = _sae(state.tensors)
     mixed, ideal, whole = _mixing(order, manifest)
     mixing = {"distinct_images": mixed, "distinct_images_ideal": ideal, "distinct_images_whole": whole}
-    summary = {**state.notes, **listener.summary(), **mixing}
+    summary = {**state.notes["metrics"], **listener.summary(), **mixing}
     files = {
         SAE_FILE: torch_bytes(sae, config),
         SAFE_FILE: safetensors_bytes(sae, config),
         MIXING_FILE: mixing_figure(mixed, ideal, whole, _batch_tokens(order)),
+        DENSITY_FILE: density_figure(state.notes["latent_density"]),
         ERRORS_FILE: errors_parquet(listener.kept.bad),
     }
-    record = {"source": manifest.source, "resumed_from_step": listener.resumed_from, **listener.kept.record()}
+    record = {
+        "source": manifest.source,
+        "resumed_from_step": listener.resumed_from,
+        "latent_density": {"log10_edges": LOG_DENSITY_EDGES.tolist(), "never_and_counts": state.notes["latent_density"]},
+        **listener.kept.record(),
+    }
     made = {"sae": state_digest(sae.state_dict())}
     return Made(files, summary, summary, record, step=order.steps, tags=made, spent=resume.uri)
 

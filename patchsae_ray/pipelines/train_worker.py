@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchsae_ray.data.chunks import LaneOrder, wanted
+from patchsae_ray.data.chunks import Demand, LaneOrder
 from patchsae_ray.data.mixing import TokenBatch, TokenMixer
 from patchsae_ray.errors import UserError, user_error
 from patchsae_ray.measure.matmul import matmul_rate
@@ -95,8 +95,9 @@ class TrainWorker:
         cursors = np.zeros((order.lanes, 2), dtype=np.int64) if saved is None else saved.tensors["cursors"].numpy()
         first = 0 if saved is None else saved.step
         self._rate = matmul_rate(self.device, torch.bfloat16 if self.run.precision == "bf16" else torch.float32)
-        chunks = self.source.chunks(wanted(order, self._lanes, cursors))
-        self._mixer = TokenMixer(order, self._lanes, chunks, cursors, self.run.cls_place)
+        demand = Demand(order, self._lanes, cursors)
+        chunks = self.source.chunks(demand)
+        self._mixer = TokenMixer(order, self._lanes, demand, chunks, cursors, self.run.cls_place)
         batches: Iterator[TokenBatch] = (self._mixer.step(step) for step in range(first, order.steps))
         if self.ahead:
             batches = prefetched(batches, AHEAD_BATCHES)
@@ -175,13 +176,13 @@ class TrainWorker:
             raise Stopped
         last = step + 1 == self.run.order.steps
         save = bool(metrics.flag & _SAVE) or last
-        values: dict[str, float] = {}
+        notes: dict[str, Any] = {}
         if save or (step + 1) % REPORT_STEPS == 0:
-            values = self._report(trainer, metrics, step + 1)
+            notes = self._report(trainer, metrics, step + 1)
         if step + 1 in self.run.extra_steps:
-            self._save(step + 1, trainer.sae.state_dict(), "weights", values)
+            self._save(step + 1, trainer.sae.state_dict(), "weights", notes)
         if save:
-            self._save_all(trainer, step + 1, batch, values)
+            self._save_all(trainer, step + 1, batch, notes)
 
     def _no_tokens(self) -> Tensor:
         return torch.empty(0, self.run.width, device=self.device)
@@ -222,8 +223,8 @@ class TrainWorker:
             self._bad_posted.update(position for position, _, _ in bad)
             self.board.post(Message(step, self._tokens_after(step), bad=bad))
 
-    def _report(self, trainer: Trainer, metrics: StepMetrics, step: int) -> dict[str, float]:
-        """Metrics of all workers' steps since the last report; rank 0 leaves them on the board."""
+    def _report(self, trainer: Trainer, metrics: StepMetrics, step: int) -> dict[str, Any]:
+        """Metrics of all workers' steps since the last report, for the checkpoint; rank 0 leaves them on the board."""
         window = trainer.window_result()
         shared = torch.tensor([self._seconds["data"], self._distinct], dtype=torch.float64, device=self.device)
         self.collective.sum_(shared)
@@ -248,21 +249,21 @@ class TrainWorker:
         self.board.post(message if self.collective.rank == 0 else replace(message, metrics={}))
         self._seconds, self._distinct = {"data": 0.0, "step": 0.0}, 0
         self._logged, self._logged_step = now, step
-        return values
+        return {"metrics": values, "latent_density": window.log_density.tolist()}
 
-    def _save_all(self, trainer: Trainer, step: int, batch: TokenBatch, values: dict[str, float]) -> None:
+    def _save_all(self, trainer: Trainer, step: int, batch: TokenBatch, notes: dict[str, Any]) -> None:
         cursors = torch.from_numpy(batch.cursors).to(self.device)
         self.collective.sum_(cursors)
         self._saved_step, self._saved_at = step, time.monotonic()
-        self._save(step, {**trainer.state(), "cursors": cursors}, "step", values)
+        self._save(step, {**trainer.state(), "cursors": cursors}, "step", notes)
 
-    def _save(self, step: int, tensors: dict[str, Tensor], kind: Kind, values: dict[str, float]) -> None:
+    def _save(self, step: int, tensors: dict[str, Tensor], kind: Kind, notes: dict[str, Any]) -> None:
         """Rank 0 writes in the background what all workers have alike."""
         if self.collective.rank == 0:
-            self._writer.submit(lambda copies: self._write(step, copies, kind, values), tensors)
+            self._writer.submit(lambda copies: self._write(step, copies, kind, notes), tensors)
 
-    def _write(self, step: int, tensors: dict[str, Tensor], kind: Kind, values: dict[str, float]) -> None:
-        self.run.resume.save(step, tensors, kind, values)
+    def _write(self, step: int, tensors: dict[str, Tensor], kind: Kind, notes: dict[str, Any]) -> None:
+        self.run.resume.save(step, tensors, kind, notes)
         self.board.post(Message(step, self._tokens_after(step), saved=kind))
 
 

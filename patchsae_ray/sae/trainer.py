@@ -27,6 +27,10 @@ active latent costs four rows of d float32 (5 ns at 2.5 TB/s), and the dense pro
 and 0.01 in bf16, so that the two would meet at 0.014 and 0.002.
 """
 
+PART_BYTES = {"cpu": 2**30, "cuda": 2**33}
+"""Of the latents of the tokens computed together, at most: all of them on the dense path, the active ones on the sparse."""
+_BYTES_A_LATENT, _BYTES_A_PAIR = 4, 20
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -58,7 +62,7 @@ class Trainer:
     dead_feature_window: int = 64
     """A latent is dead after firing on no token for more than this many batches."""
     accumulate: int = 1
-    """Parts in which a worker computes its share of a step, so that only one is in memory at a time."""
+    """Parts, at least, in which a worker computes its share of a step; more where PART_BYTES wants them."""
     collective: Collective = field(default_factory=Alone)
     path: Path = "auto"
     step_index: int = field(init=False, default=0)
@@ -127,9 +131,15 @@ class Trainer:
         self.flops_last_step = self.sae.d_in * (2.0 * total * self.sae.d_sae + 8.0 * num_active)
         return metrics
 
+    def _sparse(self, device: str) -> bool:
+        return self.path == "sparse" or (self.path == "auto" and self.density < SPARSE_BELOW[device])
+
     def _parts(self, x: Tensor, cls: Tensor | None, total: int, dead: Tensor | None) -> list[Batch]:
-        parts = x.chunk(self.accumulate)
-        masks = cls.chunk(self.accumulate) if cls is not None else [None] * len(parts)
+        device = x.device.type
+        a_latent = self.density * _BYTES_A_PAIR if self._sparse(device) else _BYTES_A_LATENT
+        count = max(self.accumulate, math.ceil(len(x) * self.sae.d_sae * a_latent / PART_BYTES[device]))
+        parts = x.chunk(count)
+        masks = cls.chunk(count) if cls is not None else [None] * len(parts)
         return [Batch(part, mask, total, dead) for part, mask in zip(parts, masks, strict=True)]
 
     def _gradients(self, parts: list[Batch], seen: Tensor) -> Iterator[Tensor]:
@@ -144,8 +154,8 @@ class Trainer:
     def _run(self, batch: Batch, seen: Tensor) -> Pass:
         if not len(batch.x):
             return empty_pass(self.sae)
-        sparse = self.path == "sparse" or (self.path == "auto" and self.density < SPARSE_BELOW[batch.x.device.type])
-        done = (sparse_pass if sparse else dense_pass)(self.sae, batch, self.objective)
+        run = sparse_pass if self._sparse(batch.x.device.type) else dense_pass
+        done = run(self.sae, batch, self.objective)
         seen[1:] += done.sums
         return done
 

@@ -15,7 +15,7 @@ from safetensors.torch import load as load_safetensors
 from patchsae_ray import storage
 from patchsae_ray.data.activations import ActivationCache, CacheRecord, read_record, unit_file
 from patchsae_ray.data.catalog import open_dataset
-from patchsae_ray.data.chunks import wanted
+from patchsae_ray.data.chunks import Demand
 from patchsae_ray.data.manifest import UNIT_SIZE, Manifest
 from patchsae_ray.data.mixing import TokenMixer
 from patchsae_ray.data.units import decode_unit
@@ -65,8 +65,9 @@ def digest_of_batches(source: ChunkSource, settings: TrainSettings, model: Loade
     """Of the first 100 global batches."""
     order = order_of(settings, model, manifest)
     cursors = np.zeros((order.lanes, 2), np.int64)
-    chunks = source.chunks(wanted(order, range(order.lanes), cursors))
-    mixer = TokenMixer(order, range(order.lanes), chunks, cursors, 0)
+    demand = Demand(order, range(order.lanes), cursors)
+    chunks = source.chunks(demand)
+    mixer = TokenMixer(order, range(order.lanes), demand, chunks, cursors, 0)
     hasher = hashlib.sha256()
     for step in range(100):
         hasher.update(mixer.step(step).x.contiguous().view(torch.uint8).numpy())

@@ -63,7 +63,8 @@ def test_train_writes_checkpoints_that_read_back(train_here: Train, tmp_path: Pa
     folder = tmp_path / "out" / "checkpoints" / "tiny"
     written = {path.name for path in folder.iterdir()}
     assert written == {
-        "sae.pt", "sae.safetensors", "run.json", "errors.parquet", "batch_mixing.png", "sae_64_images.pt", "sae_144_images.pt",
+        "sae.pt", "sae.safetensors", "run.json", "errors.parquet", "batch_mixing.png", "latent_density.png", "sae_64_images.pt",
+        "sae_144_images.pt",
     }  # fmt: skip
     found = checkpoint(tmp_path, "tiny")
     assert found.digest == read_checkpoint(str(folder / "sae.safetensors")).digest

@@ -134,3 +134,18 @@ def test_flag_and_flops() -> None:
     assert metrics.flag == 3
     assert trainer.flops_last_step == pytest.approx(2 * 50 * 16 * 80 + 8 * 16 * 50 * metrics.l0)
     assert math.isclose(metrics.loss, metrics.mse_loss + metrics.l1_loss + metrics.mse_loss_ghost_resid)
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+def test_a_batch_too_large_for_memory_goes_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = make_trainer(path), make_trainer(path)
+    run(whole, range(2))
+    run(parts, range(1))
+    sizes: list[int] = []
+    step = parts._run
+    monkeypatch.setattr(parts, "_run", lambda batch, seen: (sizes.append(len(batch.x)), step(batch, seen))[1])
+    monkeypatch.setattr(module, "PART_BYTES", {"cpu": 2400})
+    run(parts, range(1, 2))
+    assert len(sizes) > 3
+    for name, weight in whole.sae.named_parameters():
+        assert torch.allclose(weight, getattr(parts.sae, name), atol=1e-5), name
