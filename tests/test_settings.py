@@ -8,6 +8,7 @@ import yaml
 from patchsae_ray.data.catalog import train_defaults
 from patchsae_ray.parsing import build_parser, parse
 from patchsae_ray.settings import (
+    CacheSettings,
     ClassLatentsSettings,
     CompareSettings,
     DemoSettings,
@@ -21,6 +22,7 @@ from tests.conftest import ROOT
 
 EVERY_JOB = [
     TrainSettings,
+    CacheSettings,
     ExtractSettings,
     ClassLatentsSettings,
     SteerSettings,

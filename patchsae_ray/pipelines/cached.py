@@ -153,7 +153,7 @@ def _run(settings: CacheSettings, model: LoadedModel, manifest: Manifest, sessio
         "cache_activations", manifest, model.config.image_size, task, CacheTotals, session, key,
         settings.max_bad_fraction, settings.no_progress_minutes, settings.commit_seconds,
     ).run()  # fmt: skip
-    width, t = model.config.width, tokens_of(settings.tokens, model)
+    width, t = model.config.width, model.tokens_per_image(settings.tokens)
     _write_given_up(kept, manifest, folder, key, torch.empty(0, t, width, dtype=DTYPES[settings.activation_dtype]))
     _check_there(folder, manifest)
     record = CacheRecord(
@@ -190,13 +190,6 @@ def _check_there(folder: str, manifest: Manifest) -> None:
             f"{unit_file(folder, missing[0])} and {len(missing) - 1} more are not there: actors on other machines wrote to "
             "their own disks; --root_dir on storage that all machines share would be right"
         )
-
-
-def tokens_of(tokens: Tokens, model: LoadedModel) -> int:
-    """t: an image's tokens of the types that `tokens` means."""
-    patches = model.config.num_patches
-    prompts = model.adapter.num_prompt_tokens
-    return {"all": patches + 1 + prompts, "image": patches + 1, "patch": patches, "cls": 1}[tokens]
 
 
 def cache_identity(settings: CacheSettings, model: LoadedModel, manifest: Manifest, precision: str) -> dict[str, Any]:

@@ -87,6 +87,11 @@ class LoadedModel:
         prompts = ("prompt",) if self.adapter.num_prompt_tokens else ()
         return {"all": ("cls", "patch", *prompts), "image": ("cls", "patch"), "patch": ("patch",), "cls": ("cls",)}[tokens]
 
+    def tokens_per_image(self, tokens: Tokens) -> int:
+        """t: an image's tokens of the types that `tokens` means."""
+        patches, prompts = self.config.num_patches, self.adapter.num_prompt_tokens
+        return {"all": patches + 1 + prompts, "image": patches + 1, "patch": patches, "cls": 1}[tokens]
+
     def identity(self, precision: str) -> dict[str, Any]:
         """What a result depends on, of the model."""
         size, mean, std = self.config.image_size, self.config.mean, self.config.std

@@ -17,7 +17,7 @@ from patchsae_ray.errors import UserError
 from patchsae_ray.figures_train import density_figure, mixing_figure
 from patchsae_ray.measure.training import LOG_DENSITY_EDGES
 from patchsae_ray.pipelines import cluster
-from patchsae_ray.pipelines.cached import cached_tokens, open_cache, tokens_of
+from patchsae_ray.pipelines.cached import cached_tokens, open_cache
 from patchsae_ray.pipelines.model import LoadedModel, load_model
 from patchsae_ray.pipelines.results import ResultFolder, run_key
 from patchsae_ray.pipelines.resume import ResumeFolder, Saved
@@ -26,7 +26,7 @@ from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet
 from patchsae_ray.pipelines.train_launch import TrainJob, launch
 from patchsae_ray.pipelines.train_listener import TrainListener
 from patchsae_ray.pipelines.train_plan import TrainPlan, plan_training
-from patchsae_ray.pipelines.train_worker import TrainRun, extra_steps
+from patchsae_ray.pipelines.train_worker import TrainRun
 from patchsae_ray.sae.checkpoint import safetensors_bytes, torch_bytes
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.settings import TrainSettings, as_dict
@@ -161,7 +161,7 @@ def _portable(manifest: Manifest, plan: TrainPlan) -> Manifest:
 
 def order_of(settings: TrainSettings, model: LoadedModel, manifest: Manifest) -> LaneOrder:
     """The order of a run: of the settings, the model's tokens and the data set's size, and of nothing else."""
-    t = tokens_of(settings.tokens, model)
+    t = model.tokens_per_image(settings.tokens)
     table = ChunkTable(manifest.units.edges(), settings.clip_batch_size)
     drawing = Drawing(settings.batching, t, settings.token_share, settings.batch_size)
     if settings.batching == "tokens":
@@ -231,6 +231,12 @@ def _extra_files(settings: TrainSettings, order: LaneOrder) -> dict[int, str]:
     """Step → file name of each checkpoint on the way: sae_{images}_images.pt."""
     steps = extra_steps(settings.n_checkpoints, order.steps)
     return {step: f"sae_{images_of(order, step):.0f}_images.pt" for step in steps}
+
+
+def extra_steps(n_checkpoints: int, total_steps: int) -> tuple[int, ...]:
+    """After which steps the weights are kept too: evenly spaced, never the last."""
+    steps = {round(total_steps * (index + 1) / (n_checkpoints + 1)) for index in range(n_checkpoints)}
+    return tuple(sorted(step for step in steps if 0 < step < total_steps))
 
 
 def identity_of(

@@ -1,5 +1,6 @@
 """Who gets what in training: workers that train, and actors that run CLIP for them where tokens are streamed."""
 
+import logging
 import math
 from dataclasses import asdict, dataclass
 
@@ -10,6 +11,8 @@ from patchsae_ray.errors import UserError
 from patchsae_ray.names import TokenSource
 from patchsae_ray.pipelines.cluster import Plan, Wishes, connect, make_plan, resolve_precision
 from patchsae_ray.settings import TrainSettings
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,11 @@ class TrainPlan(Plan):
         workers = f"{self.num_workers} worker{'s' * (self.num_workers != 1)}" if self.num_workers else "this process"
         threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
         said = f"{self.precision}, {workers} on {self.device} with {threads} each, tokens {self.source}"
-        return f"{said}, {self.max_actors} CLIP actors with {self.actor_cpus:g} CPU" if self.source == "streamed" else said
+        return (
+            f"{said}, {self.max_actors} CLIP actor{'s' * (self.max_actors != 1)} with {self.actor_cpus:g} CPU"
+            if self.source == "streamed"
+            else said
+        )
 
 
 def plan_training(settings: TrainSettings) -> TrainPlan:
@@ -36,8 +43,12 @@ def plan_training(settings: TrainSettings) -> TrainPlan:
 
     Raises: UserError where no cluster answers, it lacks the device, or a flag does nothing with this source.
     """
-    if settings.num_workers == 0 and settings.source != "streamed":
-        return _in_process(settings)
+    plan = _in_process(settings) if settings.num_workers == 0 and settings.source != "streamed" else _on_ray(settings)
+    log.info("train: %s", plan.describe())
+    return plan
+
+
+def _on_ray(settings: TrainSettings) -> TrainPlan:
     connect(settings.ray_address)
     plan = make_plan(settings.device, settings.precision, Wishes(None, None, settings.decode_cpus))
     gpus = ray.cluster_resources().get("GPU", 0.0) if plan.device == "cuda" else 0.0

@@ -15,7 +15,6 @@ from patchsae_ray.data.mixing import TokenBatch, TokenMixer
 from patchsae_ray.errors import UserError, user_error
 from patchsae_ray.measure.matmul import matmul_rate
 from patchsae_ray.measure.stages import peak_bytes
-from patchsae_ray.names import Tokens
 from patchsae_ray.pipelines.prefetch import prefetched
 from patchsae_ray.pipelines.resume import AsyncWriter, Kind, ResumeFolder, Saved
 from patchsae_ray.pipelines.token_sources import ChunkSource
@@ -301,14 +300,3 @@ def _put_right(error: Exception, worker: TrainWorker) -> UserError | None:
             "a smaller --batch_size, --buffer_tokens or --expansion_factor, or a larger --accumulate, would be right"
         )
     return None
-
-
-def tokens_of(kind: Tokens, patches: int, prompts: int) -> int:
-    """Tokens an image that `kind` means."""
-    return {"all": patches + 1 + prompts, "image": patches + 1, "patch": patches, "cls": 1}[kind]
-
-
-def extra_steps(n_checkpoints: int, total_steps: int) -> tuple[int, ...]:
-    """After which steps the weights are kept too: evenly spaced, never the last."""
-    steps = {round(total_steps * (index + 1) / (n_checkpoints + 1)) for index in range(n_checkpoints)}
-    return tuple(sorted(step for step in steps if 0 < step < total_steps))

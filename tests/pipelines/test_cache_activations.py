@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from patchsae_ray.data.chunks import Demand
 from patchsae_ray.data.manifest import UNIT_SIZE, Manifest
 from patchsae_ray.data.mixing import TokenMixer
 from patchsae_ray.data.units import decode_unit
+from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines.cached import CacheTask
 from patchsae_ray.pipelines.model import LoadedModel, load_model
 from patchsae_ray.pipelines.streamed import Streamed, TowerTask
@@ -30,7 +32,7 @@ from patchsae_ray.settings import TrainSettings
 from tests.conftest import JobRunner, RayHead, S3Server
 from tests.data.makers import parquet_bytes, picture
 from tests.pipelines.commands import start, wait_for
-from tests.pipelines.test_training import MODEL
+from tests.pipelines.test_training import MODEL, checkpoint, trainer_under
 
 pytestmark = pytest.mark.ray
 
@@ -152,29 +154,25 @@ def test_a_killed_cache_is_finished_with_every_unit_once(
     ],
 )
 def test_a_cache_that_does_not_fit_is_refused_by_name(
-    run_command: JobRunner, s3_cache: tuple[str, str], data: str, tmp_path: Path, flags: list[str], says: str
+    ready_mlflow: Path, s3_cache: tuple[str, str], data: str, tmp_path: Path, flags: list[str], says: str
 ) -> None:
     clip = [] if flags[0] == "--backbone" else MODEL
     common = ["--dataset_name", "many", "--dataset_path", data, "--num_workers", "0", "--total_training_images", "64"]
-    done = run_command("train", tmp_path, *clip, *common, "--activations", s3_cache[0], *flags)
-    assert done.code == 2
-    assert done.err.startswith(f"error: --activations {s3_cache[0]} {says}"), done.err
+    with pytest.raises(UserError, match=re.escape(f"--activations {s3_cache[0]} {says}")):
+        trainer_under(tmp_path, ready_mlflow)(*clip, *common, "--activations", s3_cache[0], *flags)
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_training_on_a_cache_on_s3(run_command: JobRunner, s3_cache: tuple[str, str], data: str, tmp_path: Path) -> None:
+def test_training_on_a_cache_on_s3(ready_mlflow: Path, s3_cache: tuple[str, str], data: str, tmp_path: Path) -> None:
     flags = [*MODEL, "--dataset_name", "many", "--dataset_path", data, "--num_workers", "0", "--batch_size", "20"]
-    flags += ["--total_training_images", "400", "--clip_batch_size", "16", "--expansion_factor", "4", "--run_name"]
-    cached = run_command("train", tmp_path, *flags, "cached", "--activations", s3_cache[0], "--tokens", "patch")
-    assert cached.code == 0, cached.err
-    fused = run_command("train", tmp_path, *flags, "fused", "--tokens", "patch")
-    assert fused.code == 0, fused.err
-    weights = [(tmp_path / "out/checkpoints" / name / "sae.safetensors").read_bytes() for name in ("cached", "fused")]
-    tensors = [load_safetensors(data) for data in weights]
-    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    flags += ["--total_training_images", "400", "--clip_batch_size", "16", "--expansion_factor", "4", "--tokens", "patch"]
+    train_here = trainer_under(tmp_path, ready_mlflow)
+    train_here(*flags, "--run_name", "cached", "--activations", s3_cache[0])
+    train_here(*flags, "--run_name", "fused")
+    assert checkpoint(tmp_path, "cached").digest == checkpoint(tmp_path, "fused").digest
 
 
-def test_unreadable_images_of_a_cache_are_known_in_training(run_command: JobRunner, tmp_path: Path) -> None:
+def test_unreadable_images_of_a_cache_are_known_in_training(run_command: JobRunner, ready_mlflow: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for number in range(60):
@@ -185,13 +183,12 @@ def test_unreadable_images_of_a_cache_are_known_in_training(run_command: JobRunn
     assert made.code == 0, made.err
     cache = next((tmp_path / "out" / "activations" / "base" / "torn").iterdir())
     assert [row[:2] for row in json.loads((cache / "cache.json").read_text())["bad"]] == [[7, "007.png"]]
-    flags = ["--num_workers", "0", "--total_training_images", "60", "--expansion_factor", "2", "--run_name", "torn"]
-    done = run_command("train", tmp_path, *data, *flags, "--activations", str(cache))
-    assert done.code == 0, done.err
-    record = json.loads((tmp_path / "out/checkpoints/torn/run.json").read_text())["runs"]["train"]
-    assert record["bad_images"] == 1
+    train_here = trainer_under(tmp_path, ready_mlflow)
+    flags = [*data, "--num_workers", "0", "--total_training_images", "60", "--expansion_factor", "2"]
+    flags += ["--activations", str(cache), "--run_name"]
+    assert train_here(*flags, "torn")["bad_images"] == 1
     unit = cache / "unit-00000000.safetensors"
     unit.write_bytes(unit.read_bytes()[:-10])
-    cut = run_command("train", tmp_path, *data, *flags[:-1], "cut", "--activations", str(cache))
-    assert cut.code == 2
-    assert cut.err.splitlines()[-1].startswith(f"error: {unit} is not a whole unit of cached activations")
+    with pytest.raises(UserError, match=f"{unit} is not a whole unit of cached activations"):
+        train_here(*flags, "cut")
+    assert not (tmp_path / "out" / "checkpoints" / "cut" / "sae.pt").exists()

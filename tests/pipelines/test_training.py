@@ -11,8 +11,7 @@ import torch
 from patchsae_ray.errors import UserError
 from patchsae_ray.parsing import parse
 from patchsae_ray.pipelines.model import load_model
-from patchsae_ray.pipelines.train import images_of, order_of, train
-from patchsae_ray.pipelines.train_worker import extra_steps
+from patchsae_ray.pipelines.train import extra_steps, images_of, order_of, train
 from patchsae_ray.sae.checkpoint import SaeCheckpoint, read_checkpoint
 from patchsae_ray.settings import TrainSettings
 from tests.conftest import GOLDEN, JobRunner
@@ -32,11 +31,11 @@ Train = Callable[..., dict[str, float]]
 
 @pytest.fixture
 def train_here(ready_mlflow: Path, tmp_path: Path) -> Train:
-    """Train in this process, under tmp_path."""
     return trainer_under(tmp_path, ready_mlflow)
 
 
 def trainer_under(root: Path, ready_mlflow: Path) -> Train:
+    """Train in this process, under a root."""
     shutil.copy(ready_mlflow, root / "mlflow.db")
 
     def run(*flags: str) -> dict[str, float]:
