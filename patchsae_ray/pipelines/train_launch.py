@@ -15,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from patchsae_ray.data.activations import ActivationCache
 from patchsae_ray.data.manifest import Manifest
-from patchsae_ray.errors import UserError, first_line
+from patchsae_ray.errors import UserError, first_line, user_error
 from patchsae_ray.names import ActivationDtype, Tokens
 from patchsae_ray.pipelines.model import PortableModel
 from patchsae_ray.pipelines.progress import duration, on_this_machine
@@ -23,7 +23,7 @@ from patchsae_ray.pipelines.streamed import Streamed, TowerTask
 from patchsae_ray.pipelines.token_sources import Cached, ChunkSource, ChunkTower, Fused
 from patchsae_ray.pipelines.train_board import Board, Message, RemoteBoard, TrainBoard
 from patchsae_ray.pipelines.train_plan import TrainPlan
-from patchsae_ray.pipelines.train_worker import TrainRun, TrainWorker, run_worker
+from patchsae_ray.pipelines.train_worker import Stopped, TrainRun, TrainWorker
 from patchsae_ray.sae.collective import Alone, Distributed
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,38 @@ def _raise_stopped(reason: str) -> None:
 def _work(job: TrainJob, board: Board, actor: Any, collective: Any) -> None:
     source = job.source(actor, collective.size)
     ahead = not isinstance(source, Fused)
-    run_worker(TrainWorker(job.run, source, collective, board, job.plan.device, ahead))
+    _run_worker(TrainWorker(job.run, source, collective, board, job.plan.device, ahead))
+
+
+def _run_worker(worker: TrainWorker) -> None:
+    """Train, and leave on the board what the user can put right.
+
+    Raises: UserError, which is also on the board; anything else is a fault of ours.
+    """
+    try:
+        worker.train()
+    except Stopped:
+        return
+    except Exception as error:
+        known = _put_right(error, worker)
+        if known is None:
+            raise
+        worker.board.stop(str(known))
+        raise known from error
+
+
+def _put_right(error: Exception, worker: TrainWorker) -> UserError | None:
+    known = user_error(error)
+    if known is not None:
+        return known
+    if isinstance(error, FloatingPointError):
+        return UserError(f"training stopped: {error}; a lower --lr or another --precision would be right")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        return UserError(
+            f"training worker {worker.collective.rank} of {worker.collective.size} ran out of memory on {worker.device}; "
+            "a smaller --batch_size, --buffer_tokens or --expansion_factor, or a larger --accumulate, would be right"
+        )
+    return None
 
 
 def _train_loop(config: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patchsae_ray.data.chunks import Demand, LaneOrder
 from patchsae_ray.data.mixing import TokenBatch, TokenMixer
-from patchsae_ray.errors import UserError, user_error
+from patchsae_ray.errors import UserError
 from patchsae_ray.measure.matmul import matmul_rate
 from patchsae_ray.measure.stages import peak_bytes
 from patchsae_ray.pipelines.prefetch import prefetched
@@ -269,34 +269,3 @@ class TrainWorker:
 def autocast(device: str, precision: str) -> AbstractContextManager[Any]:
     """bf16 products around float32 weights, or nothing."""
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
-
-
-def run_worker(worker: TrainWorker) -> None:
-    """Train, and leave on the board what the user can put right.
-
-    Raises: UserError, which is also on the board; anything else is a fault of ours.
-    """
-    try:
-        worker.train()
-    except Stopped:
-        return
-    except Exception as error:
-        known = _put_right(error, worker)
-        if known is None:
-            raise
-        worker.board.stop(str(known))
-        raise known from error
-
-
-def _put_right(error: Exception, worker: TrainWorker) -> UserError | None:
-    known = user_error(error)
-    if known is not None:
-        return known
-    if isinstance(error, FloatingPointError):
-        return UserError(f"training stopped: {error}; a lower --lr or another --precision would be right")
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-        return UserError(
-            f"training worker {worker.collective.rank} of {worker.collective.size} ran out of memory on {worker.device}; "
-            "a smaller --batch_size, --buffer_tokens or --expansion_factor, or a larger --accumulate, would be right"
-        )
-    return None

@@ -101,6 +101,7 @@ def test_the_seed_decides_the_weights(train_here: Train, tmp_path: Path, plain: 
         ["--buffer_tokens", "2000"],
         ["--clip_batch_size", "4"],
         ["--b_dec_init_method", "mean"],
+        ["--vit_type", "maple", "--model_path", str(GOLDEN / "model.pth.tar-5"), "--config_path", str(GOLDEN / "maple.yaml")],
     ],
 )
 def test_each_setting_changes_what_is_learned(
@@ -115,6 +116,16 @@ def test_accumulation_changes_memory_and_nothing_else(train_here: Train, tmp_pat
     parts = checkpoint(tmp_path, "parts").sae.state_dict()
     for name, value in plain.sae.state_dict().items():
         assert torch.allclose(value, parts[name], atol=1e-5), name
+
+
+def test_checkpoints_go_by_the_clock_too(train_here: Train, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    train_here(*SHORT, "--run_name", "clock", "--checkpoint_steps", "0", "--checkpoint_minutes", "1e-6")
+    assert "train: checkpoint of step 1 written" in caplog.text
+    caplog.clear()
+    train_here(*SHORT, "--run_name", "steps", "--checkpoint_steps", "5", "--checkpoint_minutes", "0")
+    assert "checkpoint of step 5 written" in caplog.text
+    assert "checkpoint of step 1 written" not in caplog.text
 
 
 def test_a_tiny_runs_metrics_are_what_they_were(train_here: Train) -> None:
