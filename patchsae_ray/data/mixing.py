@@ -6,7 +6,7 @@ so a resumed run needs no copy of it.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,10 @@ class TokenBatch:
     """Images that its tokens come from."""
     bad: list[tuple[int, str, str]]
     """Unreadable images that were met."""
+
+    def pinned(self) -> "TokenBatch":
+        """The same in memory that a GPU copies from while it computes."""
+        return replace(self, x=self.x.pin_memory(), is_cls=None if self.is_cls is None else self.is_cls.pin_memory())
 
 
 class _Lane:

@@ -149,14 +149,15 @@ def _job(
     cache = open_cache(settings, model, manifest) if plan.source == "cached" else None
     which = cached_tokens(cache.record, settings, model) if cache is not None else slice(None)
     return TrainJob(
-        run, plan, _portable(manifest, plan), model.config.image_size, model.portable(plan.precision),
+        run, plan, _portable(manifest, settings.root_dir, plan), model.config.image_size, model.portable(plan.precision),
         settings.tokens, settings.activation_dtype, settings.clip_batch_size, cache, which,
     )  # fmt: skip
 
 
-def _portable(manifest: Manifest, plan: TrainPlan) -> Manifest:
-    """The manifest for workers that may not see this machine's files."""
-    return replace(manifest, units=manifest.units.in_memory()) if plan.on_ray and cluster.several_machines() else manifest
+def _portable(manifest: Manifest, root_dir: str, plan: TrainPlan) -> Manifest:
+    """The manifest without its file, for workers that may not see this machine's files."""
+    unseen = plan.on_ray and storage.is_local(root_dir) and cluster.several_machines()
+    return replace(manifest, units=manifest.units.in_memory()) if unseen else manifest
 
 
 def order_of(settings: TrainSettings, model: LoadedModel, manifest: Manifest) -> LaneOrder:

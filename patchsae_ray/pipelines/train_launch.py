@@ -12,6 +12,7 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from patchsae_ray.data.activations import ActivationCache
 from patchsae_ray.data.manifest import Manifest
@@ -173,13 +174,13 @@ def _fit_again_and_again(job: TrainJob, actor: Any, heard: "_Heard", no_progress
         try:
             heard.while_running(lambda: _fit(job.plan, kept, actor), no_progress_minutes)
             return
-        except ray.train.v2.api.exceptions.TrainingFailedError as error:
+        except TrainingFailedError as error:
             _raise_stopped(str(ray.get(actor.stopped.remote())))
             reason = _death(error)
             if reason is None:
                 raise
         deaths = 1 if heard.saved_step > saved else deaths + 1
-        if deaths > MAX_DEATHS:
+        if deaths >= MAX_DEATHS:
             raise UserError(
                 f"training workers died {deaths} times without a new checkpoint, the last time: {reason}; "
                 "what was trained up to the newest checkpoint stays, and the same command goes on from there"
@@ -201,15 +202,13 @@ def _fit(plan: TrainPlan, kept: list[Any], actor: Any) -> None:
         ).fit()
 
 
-def _death(error: Exception) -> str | None:
+def _death(error: TrainingFailedError) -> str | None:
     """In one line how a worker died; None where an error of our own ended it."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     for rank, failure in sorted(failures.items()):
-        if isinstance(failure, ray.exceptions.RayError) and not isinstance(failure, ray.exceptions.RayTaskError):
-            return f"training worker {rank} died ({first_line(failure)})"
-        text = f"{type(failure).__name__}: {failure}"
-        if "HealthCheck" in text or "died" in text:
-            return f"training worker {rank} died ({first_line(failure)})"
+        cause = getattr(failure, "health_check_failure", failure)
+        if isinstance(cause, ray.exceptions.RayError) and not isinstance(cause, ray.exceptions.RayTaskError):
+            return f"training worker {rank} died ({first_line(cause)})"
     return None
 
 

@@ -91,16 +91,19 @@ class TrainWorker:
         Raises: UserError for what the user can put right; Stopped where the board says so.
         """
         order, saved = self.run.order, self._resume()
-        cursors = np.zeros((order.lanes, 2), dtype=np.int64) if saved is None else saved.tensors["cursors"].numpy()
+        cursors = np.zeros((order.lanes, 2), dtype=np.int64) if saved is None else saved.tensors["cursors"].numpy().copy()
         first = 0 if saved is None else saved.step
+        trainer = self._trainer(saved)
+        del saved  # as large as the trainer
         self._rate = matmul_rate(self.device, torch.bfloat16 if self.run.precision == "bf16" else torch.float32)
         demand = Demand(order, self._lanes, cursors)
         chunks = self.source.chunks(demand)
         self._mixer = TokenMixer(order, self._lanes, demand, chunks, cursors, self.run.cls_place)
         batches: Iterator[TokenBatch] = (self._mixer.step(step) for step in range(first, order.steps))
+        if self.device == "cuda":
+            batches = (batch.pinned() for batch in batches)
         if self.ahead:
             batches = prefetched(batches, AHEAD_BATCHES)
-        trainer = self._trainer(saved)
         self._logged_step = self._saved_step = first
         try:
             for step in range(first, order.steps):
@@ -128,7 +131,8 @@ class TrainWorker:
         saved = folder.read(step)
         if saved is None:
             raise UserError(
-                f"{folder.own}: the checkpoint of step {step} cannot be read by every worker; a shared folder would"
+                f"{folder.own}: not every worker can read the checkpoint of step {step}; "
+                "--root_dir on storage that all machines share would be right"
             )
         return saved
 
