@@ -114,6 +114,19 @@ class LaneOrder:
         shares[(step * (self.drawing.batch_size % self.lanes) + np.arange(over)) % self.lanes] += 1
         return shares
 
+    def drawn(self, lane: int, step: int) -> int:
+        """Draws from a lane in all steps before `step`: the sum of its shares."""
+        each, over = divmod(self.drawing.batch_size, self.lanes)
+        return step * each + max(0, -(-(step * over - lane) // self.lanes))
+
+    def step_of(self, lane: int, draw: int) -> int:
+        """The step that takes a lane's draw of this number, from 0."""
+        low = draw * self.lanes // self.drawing.batch_size  # as if shares were fractions, and one less over
+        step = max(0, low - 1)
+        while self.drawn(lane, step + 1) <= draw:
+            step += 1
+        return step
+
     def chunk(self, lane: int, ordinal: int) -> tuple[int, Chunk]:
         """(epoch, chunk) that is the lane's `ordinal`-th."""
         epoch, place = divmod(lane + ordinal * self.lanes, len(self.table))
@@ -169,29 +182,30 @@ class Wanted:
 class Demand(Iterator[Wanted]):
     """The chunks that some lanes will need, without end, in the order in which they will need them.
 
-    All lanes are drawn from at the same pace, so a chunk is needed when what comes before it in its lane is drawn. How much
-    that is follows from the number of images; those that turn out to be unreadable are told to `short`. The order says when
-    a chunk is fetched, never what is drawn.
+    A chunk is needed in the step that takes its first draw, which follows from the number of images of the chunks before it
+    in its lane; images that turn out to be unreadable are told to `short`. The order says when a chunk is fetched, never
+    what is drawn.
 
     Args:
         order: of the run.
         lanes: those of one worker.
         cursors: [L, 2] (ordinal of the chunk, draws taken from it) of every lane.
+        step: before which the cursors stand.
     """
 
-    def __init__(self, order: LaneOrder, lanes: Sequence[int], cursors: np.ndarray) -> None:
+    def __init__(self, order: LaneOrder, lanes: Sequence[int], cursors: np.ndarray, step: int = 0) -> None:
         self._order = order
-        self._due = [(-int(cursors[lane, 1]), lane, int(cursors[lane, 0])) for lane in lanes]
+        self._begins = {lane: order.drawn(lane, step) - int(cursors[lane, 1]) for lane in lanes}
+        self._due = [(step, lane, int(cursors[lane, 0])) for lane in lanes]
         heapq.heapify(self._due)
-        self._short = dict.fromkeys(lanes, 0)
 
     def __next__(self) -> Wanted:
-        due, lane, ordinal = heapq.heappop(self._due)
+        _, lane, ordinal = heapq.heappop(self._due)
         epoch, chunk = self._order.chunk(lane, ordinal)
-        short, self._short[lane] = self._short[lane], 0
-        heapq.heappush(self._due, (due + chunk.count * self._order.drawing.image_draws - short, lane, ordinal + 1))
+        self._begins[lane] += chunk.count * self._order.drawing.image_draws
+        heapq.heappush(self._due, (self._order.step_of(lane, self._begins[lane]), lane, ordinal + 1))
         return Wanted(lane, ordinal, epoch, chunk)
 
     def short(self, lane: int, images: int) -> None:
         """A chunk of the lane had so many images less than it should."""
-        self._short[lane] += images * self._order.drawing.image_draws
+        self._begins[lane] -= images * self._order.drawing.image_draws

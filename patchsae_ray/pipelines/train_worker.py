@@ -96,7 +96,7 @@ class TrainWorker:
         trainer = self._trainer(saved)
         del saved  # as large as the trainer
         self._rate = matmul_rate(self.device, torch.bfloat16 if self.run.precision == "bf16" else torch.float32)
-        demand = Demand(order, self._lanes, cursors)
+        demand = Demand(order, self._lanes, cursors, first)
         chunks = self.source.chunks(demand)
         self._mixer = TokenMixer(order, self._lanes, demand, chunks, cursors, self.run.cls_place)
         batches: Iterator[TokenBatch] = (self._mixer.step(step) for step in range(first, order.steps))

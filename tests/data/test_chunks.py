@@ -42,11 +42,16 @@ def named_tokens(asked: Iterator[Wanted], unreadable: frozenset[int] = frozenset
 
 
 def mixer(
-    order: LaneOrder, rank: int = 0, size: int = 1, cursors: np.ndarray | None = None, **how: frozenset[int]
+    order: LaneOrder,
+    rank: int = 0,
+    size: int = 1,
+    cursors: np.ndarray | None = None,
+    step: int = 0,
+    **how: frozenset[int],
 ) -> TokenMixer:
     lanes = range(rank, order.lanes, size)
     start = np.zeros((order.lanes, 2), np.int64) if cursors is None else cursors
-    demand = Demand(order, lanes, start)
+    demand = Demand(order, lanes, start, step)
     return TokenMixer(order, lanes, demand, named_tokens(demand, **how), start, 0)
 
 
@@ -126,7 +131,7 @@ def test_a_run_goes_on_from_its_cursors(step: int, size: int, batching: str) -> 
     step = min(step, order.steps - 1)
     undisturbed = batches(order)
     cursors = undisturbed[step - 1].cursors
-    team = [mixer(order, rank, size, cursors) for rank in range(size)]
+    team = [mixer(order, rank, size, cursors, step) for rank in range(size)]
     for later in range(step, order.steps):
         found = sorted(value for one in team for value in drawn([one.step(later)]))
         assert found == sorted(drawn([undisturbed[later]]))
@@ -171,6 +176,28 @@ def test_nan_is_named_by_its_image() -> None:
     values[1, 4, 0] = float("nan")
     with pytest.raises(UserError, match="image 12 of the data set: NaN or infinite"):
         ChunkTokens(values, np.array([11, 12, 13])).check()
+
+
+@settings(deadline=None, max_examples=50)
+@given(lanes=st.integers(1, 9), batch=st.integers(1, 40), steps=st.integers(1, 30))
+def test_the_step_of_a_draw(lanes: int, batch: int, steps: int) -> None:
+    order = LaneOrder(ChunkTable(EDGES, 16), Drawing("tokens", T, 1.0, batch), lanes, 0, steps * batch)
+    shares = np.array([order.shares(step) for step in range(steps)])
+    for lane in range(lanes):
+        taken = np.repeat(np.arange(steps), shares[:, lane])
+        assert [order.step_of(lane, draw) for draw in range(len(taken))] == taken.tolist()
+        assert [order.drawn(lane, step) for step in range(steps + 1)] == [0, *np.cumsum(shares[:, lane])]
+
+
+def test_nothing_is_fetched_before_it_is_needed() -> None:
+    for size, step in ((1, 0), (2, 0), (1, 7)):
+        order = order_of(lanes=4, batch=50, epochs=40)
+        cursors = batches(replace(order, total=50 * step))[-1].cursors if step else None
+        for rank in range(size):
+            found = mixer(order, rank, size, cursors, step)
+            for later in range(step, order.steps):
+                found.step(later)
+            assert found.most_tokens <= 4 // size * 16 * T
 
 
 @pytest.mark.parametrize("torn", [frozenset(), frozenset(range(0, 103, 9))])
