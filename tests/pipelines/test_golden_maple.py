@@ -169,7 +169,7 @@ def test_training_on_adapted_clip(run_command: JobRunner, tmp_path: Path) -> Non
     done = run_command("train", tmp_path, *data, *model, *length, "--run_name", "adapted")
     assert done.code == 0, done.err
     assert "adapted with MaPLe" in done.out
-    assert "train: 64 images in 2 steps of 32" in done.out, "prompt tokens are tokens"
+    assert "train: 64 images in 2 steps of 608 tokens" in done.out, "prompt tokens are tokens"
     state = torch.load(tmp_path / "out" / "checkpoints" / "adapted" / "sae.pt", weights_only=True)["state_dict"]
     assert state["W_enc"].shape == (128, 256)
     record = json.loads((tmp_path / "out" / "checkpoints" / "adapted" / "run.json").read_text())["runs"]["train"]
