@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from patchsae_ray.figures import png
-from patchsae_ray.measure.training import LOG_DENSITY_EDGES
+from patchsae_ray.sae.window import LOG_DENSITY_EDGES
 
 
 def mixing_figure(mixed: float, ideal: float, whole: float, batch_tokens: int) -> bytes:

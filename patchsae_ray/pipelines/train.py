@@ -15,7 +15,6 @@ from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.mixing import distinct_images, expected_distinct_images
 from patchsae_ray.errors import UserError
 from patchsae_ray.figures_train import density_figure, mixing_figure
-from patchsae_ray.measure.training import LOG_DENSITY_EDGES
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.cached import cached_tokens, open_cache
 from patchsae_ray.pipelines.model import LoadedModel, load_model
@@ -29,6 +28,7 @@ from patchsae_ray.pipelines.train_plan import TrainPlan, plan_training
 from patchsae_ray.pipelines.train_worker import TrainRun
 from patchsae_ray.sae.checkpoint import safetensors_bytes, torch_bytes
 from patchsae_ray.sae.model import SparseAutoencoder
+from patchsae_ray.sae.window import LOG_DENSITY_EDGES
 from patchsae_ray.settings import TrainSettings, as_dict
 
 log = logging.getLogger(__name__)

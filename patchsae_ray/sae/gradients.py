@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, embedding_bag
 
-from patchsae_ray.measure.training import NUM_TOTALS, token_sums
 from patchsae_ray.sae.ghost import ghost_gradients
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.sae.objective import Objective, loss_terms
 from patchsae_ray.sae.ops import slices
+from patchsae_ray.sae.window import NUM_TOTALS, token_sums
 
 GRADIENTS = ("W_dec", "W_enc", "b_enc", "b_dec")
 """The order in which a pass gives them."""

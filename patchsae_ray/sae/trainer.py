@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from patchsae_ray.measure.training import NUM_TOTALS, TrainingWindow, TrainingWindowResult
 from patchsae_ray.sae.collective import Alone, Collective
 from patchsae_ray.sae.gradients import GRADIENTS, Batch, Pass, dense_pass, empty_pass, sparse_pass
 from patchsae_ray.sae.model import SparseAutoencoder, normalise_decoder
 from patchsae_ray.sae.objective import Objective
 from patchsae_ray.sae.schedules import Schedule
+from patchsae_ray.sae.window import NUM_TOTALS, TrainingWindow, TrainingWindowResult
 
 Path = Literal["auto", "dense", "sparse"]
 """How gradients are computed; auto goes by the share of active latents in the step before."""

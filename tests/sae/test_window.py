@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchsae_ray.measure.training import LOG_DENSITY_EDGES, TrainingWindow, token_sums
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.sae.objective import Objective
 from patchsae_ray.sae.schedules import Schedule
 from patchsae_ray.sae.trainer import Path, Trainer
+from patchsae_ray.sae.window import LOG_DENSITY_EDGES, TrainingWindow, token_sums
 from tests.sae.test_ops import make_sae, residual
 
 
