@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from patchsae_ray.figures import png
-from patchsae_ray.measure.evaluation import LOG10_EDGES, TokenResult
+from patchsae_ray.measure.evaluation import TokenResult
+from patchsae_ray.sae.window import LOG_DENSITY_EDGES
 
 COLOURS = {"cls": "#d55e00", "patch": "#0072b2", "prompt": "#009e73"}
 """Of the lines of each type of token; Okabe and Ito's, told apart by colour-blind readers too."""
-_NEVER = (LOG10_EDGES[0] - 1.25, LOG10_EDGES[0] - 0.75)
+_NEVER = (float(LOG_DENSITY_EDGES[0]) - 1.25, float(LOG_DENSITY_EDGES[0]) - 0.75)
 """Where the bar of the never active latents stands, left of the axis's gap."""
 
 
@@ -22,7 +22,7 @@ def latent_density(found: Mapping[str, TokenResult]) -> bytes:
     """
     figure = Figure(figsize=(7.4, 4.0), dpi=110, layout="constrained")
     axes = figure.subplots()
-    every, edges = found["all"], np.array(LOG10_EDGES)
+    every, edges = found["all"], LOG_DENSITY_EDGES
     axes.bar(edges[:-1] + 0.25, every.density, width=0.46, color="0.78", label="all tokens")
     axes.bar(sum(_NEVER) / 2, every.never, width=0.46, color="0.78")
     apart = {kind: result for kind, result in found.items() if kind != "all"} if len(found) > 2 else {}

@@ -113,5 +113,8 @@ def _store(root_dir: str) -> tuple[str, str | None]:
     if given:
         return given, None
     folder = Path(root_dir.removeprefix("file://") if storage.is_local(root_dir) else ".").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--root_dir {root_dir}: cannot make that folder ({first_line(error)})") from error
     return f"sqlite:///{folder / 'mlflow.db'}", (folder / "mlruns").as_uri()

@@ -16,12 +16,7 @@ from patchsae_ray.measure.image_errors import ImageError
 from patchsae_ray.measure.recovered import ZeroShotMetrics
 from patchsae_ray.measure.sums import CompensatedSum
 from patchsae_ray.sae.ops import ActiveLatents
-
-LOG10_EDGES = tuple(-7 + half / 2 for half in range(15))
-"""Of the latent density histogram: half decades from 1e-7 to 1. A bin holds its lower edge; the first also what is below it,
-the last also 1."""
-DENSE_TIMES = 10
-"""A latent is dense if it is active on more than one in so many tokens."""
+from patchsae_ray.sae.window import DENSE_TIMES, log_density
 
 _ROUNDING = 1e-14
 """A variance below this share of sum |x|^2 is what float64 sums of float32 numbers may leave of none."""
@@ -49,7 +44,7 @@ class TokenResult:
     dense_share: float
     """Share of the latents that are active on more than a tenth of the tokens."""
     density: tuple[int, ...]
-    """Latents by the share of tokens on which they are active, in the bins of LOG10_EDGES; without the never active."""
+    """Latents by the share of tokens on which they are active, in the bins of LOG_DENSITY_EDGES; without the never active."""
     never: int
     """Latents that are active on none of the tokens."""
 
@@ -111,8 +106,7 @@ class TokenMetrics:
         tokens, fired = int(self.tokens[types].sum()), self.fired[types].sum(axis=0)
         squares, error, normalised, relative, cosine, l1 = self.totals.high[types].sum(axis=0).tolist()
         variance = squares - float((self.sums.high[types].sum(axis=0) ** 2).sum()) / tokens
-        bins = np.searchsorted(10.0 ** np.array(LOG10_EDGES[1:-1]), fired[fired > 0] / tokens, side="right")
-        never = int((fired == 0).sum())
+        never, *density = log_density(fired, tokens).tolist()
         return TokenResult(
             num_tokens=tokens,
             mse=normalised / tokens,
@@ -123,7 +117,7 @@ class TokenMetrics:
             l1=l1 / tokens,
             dead_share=never / len(fired),
             dense_share=int((DENSE_TIMES * fired > tokens).sum()) / len(fired),
-            density=tuple(np.bincount(bins, minlength=len(LOG10_EDGES) - 1).tolist()),
+            density=tuple(density),
             never=never,
         )
 

@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 
 from patchsae_ray.figures_evaluate import latent_density
-from patchsae_ray.measure.evaluation import LOG10_EDGES, TokenResult, objective_terms
+from patchsae_ray.measure.evaluation import TokenResult, objective_terms
 from patchsae_ray.measure.recovered import ZeroShotResult, conditions_of
 from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet
+from patchsae_ray.sae.window import LOG_DENSITY_EDGES
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def summarise(
         "objective": {**objective, **_finite(objective_terms(found, **objective))} if objective else None,
         "classification": _classification(zero_shot) if zero_shot else None,
         "latent_density": {
-            "log10_edges": list(LOG10_EDGES),
+            "log10_edges": LOG_DENSITY_EDGES.tolist(),
             **{kind: {"counts": list(result.density), "never": result.never} for kind, result in found.items()},
         },
     }

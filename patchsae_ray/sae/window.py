@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DENSE_SHARE = 0.1
-"""A latent that is active on a larger share of the tokens is called dense."""
+DENSE_TIMES = 10
+"""A latent is dense if it is active on more than one in so many tokens."""
 LOG_DENSITY_EDGES = np.arange(-14, 1) / 2
 """[15] bounds of the histogram's bins: log10 of a share of tokens, from -7 to 0 in halves."""
 _TOTALS = ("tokens", "squares", "error", "legacy", "cosine", "mse", "l1")
@@ -78,7 +78,6 @@ class TrainingWindow:
         sums, counts = parts[1].numpy(), parts[2].numpy()
         per_token = 1 / tokens if tokens else float("nan")
         variance = squares - float((sums**2).sum()) * per_token
-        share = counts * per_token
         return TrainingWindowResult(
             num_tokens=int(tokens),
             explained_variance=1 - error / variance if variance > 0 else float("nan"),
@@ -88,8 +87,8 @@ class TrainingWindow:
             l0=float(counts.sum()) * per_token,
             l1=l1 * per_token,
             dead_share=dead_share,
-            dense_share=float((share > DENSE_SHARE).mean()) if tokens else float("nan"),
-            log_density=_log_density(share[counts > 0], int((counts == 0).sum())),
+            dense_share=float((DENSE_TIMES * counts > tokens).mean()) if tokens else float("nan"),
+            log_density=log_density(counts, int(tokens)),
         )
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -101,9 +100,19 @@ class TrainingWindow:
         self.values.copy_(torch.cat([tensors["totals"], tensors["sums"], tensors["counts"]]))
 
 
-def _log_density(share: np.ndarray, never: int) -> np.ndarray:
-    found = np.histogram(np.log10(share).clip(LOG_DENSITY_EDGES[0], 0), LOG_DENSITY_EDGES)[0]
-    return np.array([never, *found], dtype=np.int64)
+def log_density(fired: np.ndarray, num_tokens: int) -> np.ndarray:
+    """[15] int64, latents: first those that never fired, then by the share of tokens, in the bins of LOG_DENSITY_EDGES.
+
+    A bin holds its lower edge; the first also what is rarer, the last also 1.
+
+    Args:
+        fired: [s], tokens on which each latent fired.
+        num_tokens: of how many.
+    """
+    shares = fired[fired > 0] / num_tokens
+    bins = np.searchsorted(10.0 ** LOG_DENSITY_EDGES[1:-1], shares, side="right")
+    counts = np.bincount(bins, minlength=len(LOG_DENSITY_EDGES) - 1)
+    return np.array([len(fired) - len(shares), *counts], dtype=np.int64)
 
 
 def token_sums(x: Tensor, reconstruction: Tensor, error: Tensor, norm: Tensor, l1: Tensor, counts: Tensor) -> Tensor:

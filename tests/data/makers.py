@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -32,6 +33,14 @@ def make_folder(root: str, count: int) -> None:
     """Images 0..count-1 in class folders; canonical order is 0..count-1."""
     for number in range(count):
         write(f"{root}/{CLASSES[number * 3 // count]}/{number:05d}.png", picture(number))
+
+
+def make_torn_folder(root: Path, count: int, torn: int) -> None:
+    """A flat folder of images 000.png, 001.png, …, one of them cut short."""
+    root.mkdir()
+    for number in range(count):
+        data = picture(number)
+        (root / f"{number:03d}.png").write_bytes(data[:60] if number == torn else data)
 
 
 def parquet_bytes(numbers: list[int], labels: list[object] | None, row_group_size: int = 7, names: bool = True) -> bytes:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchsae_ray.measure.arrays import from_bytes, to_bytes
-from patchsae_ray.measure.evaluation import LOG10_EDGES, EvaluationTotals, TokenMetrics, TokenResult, objective_terms
+from patchsae_ray.measure.evaluation import EvaluationTotals, TokenMetrics, TokenResult, objective_terms
 from patchsae_ray.measure.recovered import ZeroShotMetrics, conditions_of, loss_recovered
 from patchsae_ray.sae.ops import ActiveLatents
+from patchsae_ray.sae.window import LOG_DENSITY_EDGES
 
 
 @settings(max_examples=25, deadline=None)
@@ -62,7 +63,7 @@ def test_densities_fall_into_half_decades() -> None:
     tokens = 10**8
     fired = [0, 0, 1, 10, 31, 32, 10**5, 10**7, 10**7 + 1, 31_622_776, 31_622_777, 10**8]
     found = of_counts(fired, tokens)
-    lower = {edge: found.density[index] for index, edge in enumerate(LOG10_EDGES[:-1]) if found.density[index]}
+    lower = {edge: found.density[index] for index, edge in enumerate(LOG_DENSITY_EDGES[:-1].tolist()) if found.density[index]}
     assert lower == {-7: 3, -6.5: 1, -3: 1, -1: 3, -0.5: 2}
     assert found.never == 2
     assert found.dead_share == pytest.approx(2 / 12)

@@ -26,22 +26,11 @@ from patchsae_ray.measure.steering import (
     prediction_columns,
 )
 from patchsae_ray.names import ErrorTerm, Tokens
-from patchsae_ray.sae.checkpoint import load_sae
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.sae.ops import active_latents
 from tests.conftest import GOLDEN
 
 CLASSES = 6
-
-
-@pytest.fixture(scope="module")
-def sae() -> SparseAutoencoder:
-    return load_sae(str(GOLDEN / "sae.pt"))
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    return load_backbone(str(GOLDEN / "clip.json"), str(GOLDEN / "clip.safetensors"))
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from patchsae_ray.pipelines.train_board import TrainBoard
 from patchsae_ray.pipelines.train_plan import plan_training
 from patchsae_ray.settings import TrainSettings
 from tests.conftest import JobRunner, RayHead, S3Server
-from tests.data.makers import parquet_bytes, picture
+from tests.data.makers import make_torn_folder, parquet_bytes
 from tests.pipelines.commands import start, wait_for
 from tests.pipelines.test_training import MODEL, checkpoint, trainer_under
 
@@ -174,10 +174,7 @@ def test_training_on_a_cache_on_s3(ready_mlflow: Path, s3_cache: tuple[str, str]
 
 def test_unreadable_images_of_a_cache_are_known_in_training(run_command: JobRunner, ready_mlflow: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
-    images.mkdir()
-    for number in range(60):
-        content = picture(number)
-        (images / f"{number:03d}.png").write_bytes(content[:60] if number == 7 else content)
+    make_torn_folder(images, 60, torn=7)
     data = [*MODEL, "--dataset_name", "torn", "--dataset_path", str(images), "--max_bad_fraction", "0.05"]
     made = run_command("cache_activations", tmp_path, *data)
     assert made.code == 0, made.err
@@ -192,3 +189,7 @@ def test_unreadable_images_of_a_cache_are_known_in_training(run_command: JobRunn
     with pytest.raises(UserError, match=f"{unit} is not a whole unit of cached activations"):
         train_here(*flags, "cut")
     assert not (tmp_path / "out" / "checkpoints" / "cut" / "sae.pt").exists()
+    anew = run_command("cache_activations", tmp_path, *data, "--overwrite")
+    assert anew.code == 0, anew.err
+    train_here(*flags, "cut")
+    assert checkpoint(tmp_path, "cut").digest == checkpoint(tmp_path, "torn").digest

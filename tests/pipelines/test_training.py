@@ -15,7 +15,7 @@ from patchsae_ray.pipelines.train import extra_steps, images_of, order_of, train
 from patchsae_ray.sae.checkpoint import SaeCheckpoint, read_checkpoint
 from patchsae_ray.settings import TrainSettings
 from tests.conftest import GOLDEN, JobRunner
-from tests.data.makers import picture
+from tests.data.makers import make_torn_folder
 from tests.sae.test_checkpoint import RELEASED_LOOKS_UP
 
 MODEL = ["--backbone", str(GOLDEN / "clip.json"), "--clip_weights", str(GOLDEN / "clip.safetensors")]
@@ -159,10 +159,7 @@ def test_nan_activations_are_named(train_here: Train, tmp_path: Path) -> None:
 
 def test_too_many_bad_images_stop_the_run_and_few_are_listed(train_here: Train, tmp_path: Path) -> None:
     images = tmp_path / "images"
-    images.mkdir()
-    for number in range(40):
-        data = picture(number)
-        (images / f"{number:03d}.png").write_bytes(data[:60] if number == 7 else data)
+    make_torn_folder(images, 40, torn=7)
     flags = [*SHORT, "--dataset_name", "torn", "--dataset_path", str(images), "--run_name", "torn"]
     with pytest.raises(UserError, match=r"1 of 40 images cannot be read, the first 007.png \("):
         train_here(*flags)
