@@ -12,8 +12,16 @@ class UserError(Exception):
     """
 
 
+class NotFound(UserError):
+    """There is no such file, folder or bucket: the store has answered, and asking again would not change it."""
+
+
 class StoreError(UserError):
     """A file store that does not answer, or not as it should: it may answer later, so this is worth trying again."""
+
+
+class AccessError(StoreError):
+    """A store that refuses the credentials: expired ones may be renewed, so that this is worth trying again too."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -32,7 +40,7 @@ def user_error(error: BaseException) -> UserError | None:
     """The UserError in an exception, whether it was raised here or in a Ray worker."""
     seen: BaseException | None = error
     while seen is not None:
-        if type(seen) in (UserError, StoreError):  # Ray's own wrapper is a subclass too
+        if type(seen) in (UserError, NotFound, StoreError, AccessError):  # Ray's own wrapper is a subclass too
             return cast(UserError, seen)
         cause = getattr(seen, "cause", None)
         seen = cause if isinstance(cause, BaseException) else seen.__cause__
