@@ -19,10 +19,10 @@ from patchsae_ray.data.mixing import ChunkTokens
 from patchsae_ray.errors import UserError
 from patchsae_ray.names import ActivationDtype, Tokens
 from patchsae_ray.pipelines.arrivals import Arrivals
+from patchsae_ray.pipelines.decoding import Attempt, prepare_context
 from patchsae_ray.pipelines.model import PortableModel
 from patchsae_ray.pipelines.token_sources import AHEAD_CHUNKS, ChunkTower, decode_chunk
 from patchsae_ray.pipelines.train_plan import TrainPlan
-from patchsae_ray.pipelines.units import Attempt, prepare_context
 
 log = logging.getLogger(__name__)
 

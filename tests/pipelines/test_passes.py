@@ -13,8 +13,9 @@ import torch
 from patchsae_ray.data.catalog import open_dataset
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.cluster import Plan
+from patchsae_ray.pipelines.decoding import decoded_units
 from patchsae_ray.pipelines.progress import duration, progress_line
-from patchsae_ray.pipelines.units import _Actor, decoded_units
+from patchsae_ray.pipelines.units import _Actor
 from tests.conftest import GOLDEN, JobRunner, RayHead, golden_flags, golden_model_flags
 from tests.data.makers import make_folder, parquet_bytes, picture, tar_bytes, write
 
