@@ -55,7 +55,7 @@ class _DecodeRow:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         one = _wanted_of(row)
-        with Attempt(self._board, "decode", one.chunk.unit) as failed:
+        with Attempt(self._board, "decode", (one.lane, one.ordinal), f"a chunk of unit {one.chunk.unit}") as failed:
             if failed:
                 raise UserError(failed)
             decoded = decode_chunk(self._manifest, one, self._image_size)
@@ -71,8 +71,8 @@ class _Tower:
         self._tower, self._board = ray.get(task).start(plan.device), board
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
-        unit = int(rows["unit"][0])
-        with Attempt(self._board, "model", unit) as failed:
+        lane, ordinal, unit = (int(rows[name][0]) for name in ("lane", "ordinal", "unit"))
+        with Attempt(self._board, "model", (lane, ordinal), f"a chunk of unit {unit}") as failed:
             if failed:
                 raise UserError(failed)
             values = self._tower.tokens(rows["pixels"][0])
