@@ -66,7 +66,7 @@ class _Actor:
         notes = Notes([index], len(unit.positions), unit.bad, unit.seconds, failed=header["failed"])
         arrays: Arrays = {}
         if not notes.failed:
-            with Attempt(self._ledger, "model", index) as failed:
+            with Attempt(self._ledger, "model", index, f"unit {index}") as failed:
                 notes.failed = failed
                 if not failed:
                     arrays, seconds = self._worker.process(unit, lambda images: self._reporter.report(index, images))
