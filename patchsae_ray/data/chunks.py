@@ -22,8 +22,6 @@ ORDER_VERSION = 2
 
 LANE_BLOCKS = 8
 """Parts in which a lane's tokens are let go as they are used up."""
-_HELD_SHARE = 0.625
-"""Of a chunk's tokens, what a lane holds on average: half of them and half a part; the rest is for chunks on their way."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,10 +150,22 @@ def num_lanes(buffer_tokens: int, grain: Grain, drawing: Drawing, total: int) ->
     A power of two below 64 and a multiple of 64 above, so that usual numbers of workers get equal shares; no more than
     chunks or draws a step, so that every lane has something to give, nor than the run's draws fill.
     """
-    in_buffer = int(buffer_tokens / (_HELD_SHARE * grain.chunk_images * drawing.tokens_per_image))
+    in_buffer = _lanes_that_hold(buffer_tokens / (grain.chunk_images * drawing.tokens_per_image))
     of_run = total * drawing.draw_tokens // (grain.chunk_images * drawing.kept_tokens)
     most = max(1, min(in_buffer, of_run, grain.num_chunks, drawing.batch_size))
     return most // 64 * 64 if most >= 64 else 1 << (most.bit_length() - 1)
+
+
+def _lanes_that_hold(chunks: float) -> int:
+    """Lanes that hold no more than so many chunks' tokens.
+
+    A lane holds half of its chunk on average, uniformly between none and all of it, and half a block more. So L lanes hold
+    L (1 / 2 + 1 / (2 LANE_BLOCKS)) on average, with a standard deviation of sqrt(L / 12) were they independent of each
+    other, three of which are left free. Few lanes may all be full at once.
+    """
+    mean, spread = 0.5 + 0.5 / LANE_BLOCKS, 3 / 12**0.5
+    root = ((spread**2 + 4 * mean * chunks) ** 0.5 - spread) / (2 * mean)  # of mean L + spread sqrt(L) = chunks
+    return int(max(chunks, root**2))
 
 
 class Demand(Iterator[Chunk]):
