@@ -13,7 +13,7 @@ import ray
 
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.units import DecodedUnit, decode_unit
-from patchsae_ray.pipelines.cluster import Plan
+from patchsae_ray.pipelines.planning import Plan
 from patchsae_ray.storage import patiently
 
 MAX_DEATHS = 4

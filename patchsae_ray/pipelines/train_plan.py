@@ -9,7 +9,8 @@ import torch
 
 from patchsae_ray.errors import UserError
 from patchsae_ray.names import TokenSource
-from patchsae_ray.pipelines.cluster import Plan, Wishes, connect, make_plan, resolve_precision
+from patchsae_ray.pipelines.cluster import connect, make_plan
+from patchsae_ray.pipelines.planning import Plan, Wishes, resolve_precision
 from patchsae_ray.settings import TrainSettings
 
 log = logging.getLogger(__name__)

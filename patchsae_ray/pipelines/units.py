@@ -16,8 +16,8 @@ from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.measure.arrays import Arrays
 from patchsae_ray.measure.stages import peak_bytes
 from patchsae_ray.pipelines.bundles import Notes, pack
-from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.decoding import Attempt, decoded_units
+from patchsae_ray.pipelines.planning import Plan
 from patchsae_ray.pipelines.progress import Reporter
 
 
