@@ -5,6 +5,7 @@ are TorchScript, the tensors alone are read, everything else is safetensors.
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from patchsae_ray import storage
 from patchsae_ray.backbone.torchscript import is_torchscript, read_torchscript
 from patchsae_ray.errors import UserError, first_line
+from patchsae_ray.inert import check_size
 
 StateDict = dict[str, torch.Tensor]
 
@@ -87,8 +89,11 @@ def _read_safetensors(file: Path) -> StateDict:
 
 
 def _read_torch(file: Path) -> StateDict:
+    check_size(str(file), file, file.stat().st_size)
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # what torch says of odd pickles; an error says it too
+            warnings.simplefilter("ignore", UserWarning)
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here; the file is at fault in each
         raise UserError(f"{file} is not a checkpoint of tensors alone: {first_line(error)}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
