@@ -95,7 +95,7 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "OpenAI's torch file": (lambda at: as_torch(at, openai()), "it has no 'state_dict' but decoder.weight, encoder.weight"),
     "dictionary_learning": (lambda at: as_torch(at, dictionary_learning()), "it has no 'state_dict' but bias, decoder.weight"),
     "Anthropic": (
-        lambda at: in_folder(at, {"W_e": torch.zeros(S, D), "b_e": torch.zeros(S), "W_d": torch.zeros(D, S), "b_d": torch.zeros(D)}, None),
+        lambda at: in_folder(at, {name: torch.rand(S, D) for name in ("W_e", "b_e", "W_d", "b_d")}, None),
         r"missing \(it holds W_d, W_e, b_d, b_e\)",
     ),
     "a tensor that nothing is known of": (lambda at: in_header(at, more("mean"), CONFIG), "holds mean beside W_enc"),
