@@ -53,12 +53,16 @@ class SaeCheckpoint:
         return None if layer is None else int(layer)
 
 
-def load_sae(path: str) -> SparseAutoencoder:
-    """The autoencoder of a .pt or .safetensors file, float32, in evaluation mode.
+def load_sae(path: str, device: str | torch.device = "cpu") -> SparseAutoencoder:
+    """The autoencoder of a .pt or .safetensors file, float32, frozen, in evaluation mode.
+
+    Args:
+        path: a local file or any URI.
+        device: where it runs.
 
     Raises: UserError that names the file and what is wrong with it.
     """
-    return read_checkpoint(path).sae
+    return read_checkpoint(path).sae.to(device)
 
 
 def read_checkpoint(path: str) -> SaeCheckpoint:
