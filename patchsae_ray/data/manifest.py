@@ -212,6 +212,20 @@ class Manifest:
     def labelled(self) -> bool:
         return self.num_classes > 0
 
+    @property
+    def grain(self) -> Literal["image", "group"]:
+        """image where single images can be read by themselves, group where only whole row groups can."""
+        return "image"
+
+    def group_edges(self) -> np.ndarray:
+        """[groups + 1] position of each row group's first image, and the number of images at the end."""
+        return self.units.edges()
+
+    def label_array(self) -> np.ndarray:
+        """[num_images] int32, -1 without one."""
+        found = [label for unit in self.units for segment in unit.segments for label in segment.labels]
+        return np.array(found or [NO_LABEL] * self.num_images, np.int32)
+
     def paths(self, unit: Unit) -> list[str]:
         """A name for each image of a unit: its path under the folder's root, Parquet file#row, or the tar that holds it."""
         by_format: dict[Format, Callable[[Segment], Sequence[str]]] = {

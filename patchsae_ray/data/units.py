@@ -92,6 +92,21 @@ def decode_unit(unit: Unit, reading: Reading, size: int, first: int = 0, count: 
     return DecodedUnit(block, np.array(positions, np.int64), np.array(labels, np.int64), bad, seconds, unit.index)
 
 
+def decode_images(manifest: Manifest, positions: np.ndarray, size: int) -> DecodedUnit:
+    """Images at any positions, decoded; the result is in the order given."""
+    pixels, kept, labels, bad = [], [], [], []
+    for position in positions.tolist():
+        raw = read_image(manifest, position)
+        try:
+            pixels.append(raw.decode(size))
+            kept.append(position)
+            labels.append(raw.label)
+        except BadImage as error:
+            bad.append((position, raw.path, str(error)))
+    block = np.stack(pixels) if pixels else np.zeros((0, size, size, 3), dtype=np.uint8)
+    return DecodedUnit(block, np.array(kept, np.int64), np.array(labels, np.int64), bad)
+
+
 def part_of(unit: Unit, reading: Reading, first: int, count: int) -> tuple[Unit, int]:
     """A run of a unit's images as a unit that begins at the first of them, and how many images to pass over before it.
 

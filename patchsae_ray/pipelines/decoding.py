@@ -5,7 +5,7 @@ here: a process stays near 30 MB of its own instead of 350.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import ray
 
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.units import DecodedUnit, decode_unit
-from patchsae_ray.pipelines.cluster import Plan
+from patchsae_ray.pipelines.planning import Plan
 from patchsae_ray.storage import patiently
 
 MAX_DEATHS = 4
@@ -21,20 +21,32 @@ MAX_DEATHS = 4
 
 
 class Attempt:
-    """An attempt at a unit, on record in the ledger while the `with` block runs."""
+    """An attempt at a piece of work, on record in the ledger while the `with` block runs.
 
-    def __init__(self, ledger: Any, stage: str, unit: int) -> None:
-        self._ledger, self._stage, self._unit = ledger, stage, unit
+    Args:
+        ledger: an actor that keeps `Attempts`.
+        stage: decode or model.
+        key: of the piece, as `Attempts.begin` takes it.
+        what: the piece in words.
+        most: deaths after which it is not tried again.
+    """
+
+    deaths = 0
+    """Processes that have died at the piece before, once the `with` block is entered."""
+
+    def __init__(self, ledger: Any, stage: str, key: Hashable, what: str, most: int = MAX_DEATHS) -> None:
+        self._ledger, self._stage, self._key, self._what, self._most = ledger, stage, key, what, most
+        self._node = ray.get_runtime_context().get_node_id()
 
     def __enter__(self) -> str:
-        """Why the unit must not be tried again; empty where it may."""
-        deaths = int(ray.get(self._ledger.begin.remote(self._stage, self._unit)))
-        if deaths < MAX_DEATHS:
+        """Why the piece must not be tried again; empty where it may."""
+        self.deaths = int(ray.get(self._ledger.begin.remote(self._stage, self._key, self._node)))
+        if self.deaths < self._most:
             return ""
-        return f"unit {self._unit} was given up: {deaths} processes died at it in '{self._stage}'"
+        return f"{self._what} was given up: {self.deaths} processes died at it in '{self._stage}'"
 
     def __exit__(self, *error: object) -> None:
-        self._ledger.end.remote(self._stage, self._unit)
+        self._ledger.end.remote(self._stage, self._key, self._node)
 
 
 class DecodeRow:
@@ -46,7 +58,7 @@ class DecodeRow:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         index = int(row["unit"])
-        with Attempt(self._ledger, "decode", index) as failed:
+        with Attempt(self._ledger, "decode", index, f"unit {index}") as failed:
             return self._given_up(index, failed) if failed else self._decode(index)
 
     def _decode(self, index: int) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.measure.arrays import Arrays
 from patchsae_ray.measure.stages import peak_bytes
 from patchsae_ray.pipelines.bundles import Notes, pack
-from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.decoding import Attempt, decoded_units
+from patchsae_ray.pipelines.planning import Plan
 from patchsae_ray.pipelines.progress import Reporter
 
 
@@ -66,7 +66,7 @@ class _Actor:
         notes = Notes([index], len(unit.positions), unit.bad, unit.seconds, failed=header["failed"])
         arrays: Arrays = {}
         if not notes.failed:
-            with Attempt(self._ledger, "model", index) as failed:
+            with Attempt(self._ledger, "model", index, f"unit {index}") as failed:
                 notes.failed = failed
                 if not failed:
                     arrays, seconds = self._worker.process(unit, lambda images: self._reporter.report(index, images))

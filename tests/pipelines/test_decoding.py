@@ -25,6 +25,7 @@ import ray
 from patchsae_ray.data.catalog import open_dataset
 from patchsae_ray.pipelines.decoding import DecodeRow
 ray.get = lambda value: value
+ray.get_runtime_context = lambda: SimpleNamespace(get_node_id=lambda: "a node")
 call = SimpleNamespace(remote=lambda *arguments: 0)
 row = DecodeRow(open_dataset("few", sys.argv[1], None, None), 16, SimpleNamespace(begin=call, end=call))({"unit": 0})
 print(row["pixels"].shape, [name for name in sys.argv[2:] if name in sys.modules])
