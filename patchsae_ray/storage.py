@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec.core import url_to_fs
 
-from patchsae_ray.errors import StoreError, UserError, first_line
+from patchsae_ray.errors import AccessError, NotFound, StoreError, UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -59,21 +59,36 @@ def filesystem_of(uri: str) -> tuple[Any, str]:
 
 @contextmanager
 def reaching(uri: str) -> Iterator[None]:
-    """Whatever a file system raises (each client has types of its own) → one line that names the URI."""
+    """Whatever a file system raises (each client has types of its own) → one line that names the URI.
+
+    Raises: NotFound where the store has answered that there is no such thing; AccessError where it refuses the credentials;
+        UserError where a folder and a file are taken for each other; StoreError for all else. MemoryError stays as it is.
+    """
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except FileNotFoundError as error:
-        raise UserError(f"no such {'bucket' if 'bucket does not exist' in str(error) else 'file'}: {uri}") from error
+        raise NotFound(f"no such {'bucket' if 'bucket does not exist' in str(error) else 'file'}: {uri}") from error
     except IsADirectoryError as error:
-        raise UserError(f"{uri} is a folder, not a file") from error
+        raise NotFound(f"{uri} is a folder, not a file") from error
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"cannot write {uri}: a file is where a folder should be") from error
     except PermissionError as error:
-        raise UserError(f"no permission for {uri}: {first_line(error)}") from error
+        raise AccessError(f"no permission for {uri}: {first_line(error)}") from error
     except Exception as error:
         raise StoreError(f"cannot reach {uri}: {first_line(error)}") from error
+
+
+def _error_code(error: BaseException) -> str:
+    """S3's code of an error, in s3fs's wrapping or without; empty where there is none."""
+    seen: BaseException | None = error
+    while seen is not None:
+        response = getattr(seen, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        seen = seen.__cause__
+    return ""
 
 
 def patiently(work: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:
@@ -163,27 +178,94 @@ def read_bytes(uri: str) -> bytes:
         return file.read()
 
 
-def read_many(uris: Sequence[str]) -> list[bytes | UserError]:
-    """Whole files, several at once where they are remote; for each its bytes, or the error that says why not.
+def read_many(uris: Sequence[str]) -> list[bytes | NotFound]:
+    """Whole files, several at once; for each its bytes, or the error that says that it is not there.
 
-    Raises: StoreError where the store cannot be reached.
+    On S3 each file is one GET.
+
+    Raises: StoreError where the store cannot be reached, AccessError where it refuses the credentials.
     """
-    if not uris or is_local(uris[0]):
-        return [_read_or_error(uri) for uri in uris]
-    with ThreadPoolExecutor(READING_THREADS) as pool:
-        return list(pool.map(_read_or_error, uris))
+    contents: list[bytes | NotFound] = []
+    for found in _fetch([(uri, None, None) for uri in uris]):
+        if isinstance(found, UserError) and not isinstance(found, NotFound):
+            raise found
+        contents.append(found)
+    return contents
 
 
-def _read_or_error(uri: str) -> bytes | UserError:
-    filesystem, path = filesystem_of(uri)
+def read_ranges(wanted: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """Byte ranges of one or of many files, several at once; on S3 each is one GET of just these bytes.
+
+    Args:
+        wanted: (file, first byte, byte after the last) of each range, 0 <= first <= last.
+
+    Returns: the ranges' bytes, in their order.
+
+    Raises: NotFound where a file is not there, UserError where it ends before its range does, StoreError where the store
+        cannot be reached, AccessError where it refuses the credentials.
+    """
+    contents: list[bytes] = []
+    for (uri, begin, end), found in zip(wanted, _fetch(wanted), strict=True):
+        if isinstance(found, UserError):
+            raise found
+        if len(found) != end - begin:
+            raise UserError(f"{uri} is cut short: {len(found)} bytes from {begin} on, expected {end - begin}")
+        contents.append(found)
+    return contents
+
+
+def _fetch(wanted: Sequence[tuple[str, int | None, int | None]]) -> list[bytes | UserError]:
+    """For each range of a file, or whole file where the bounds are None: its bytes, or the error.
+
+    Raises: StoreError where one of them could not be fetched though it may be there.
+    """
+    results: list[bytes | UserError] = [b""] * len(wanted)
+    by_filesystem: dict[int, tuple[Any, list[tuple[int, str]]]] = {}
+    for index, (uri, begin, end) in enumerate(wanted):
+        if end is None or end != begin:
+            filesystem, path = filesystem_of(uri)
+            by_filesystem.setdefault(id(filesystem), (filesystem, []))[1].append((index, path))
+    for filesystem, places in by_filesystem.values():
+        bounds = [wanted[index][1:] for index, _ in places]
+        for (index, _), found in zip(places, _cat_ranges(filesystem, [path for _, path in places], bounds), strict=True):
+            results[index] = found if isinstance(found, bytes) else _said_of(wanted[index][0], found)
+    for failed in results:
+        if isinstance(failed, StoreError):
+            raise failed
+    return results
+
+
+def _cat_ranges(filesystem: Any, paths: list[str], bounds: list[tuple[int | None, int | None]]) -> list[bytes | Exception]:
+    """fsspec's `cat_ranges`, which only asynchronous clients do several at a time; the others, threads."""
+    begins, ends = ([bound[side] for bound in bounds] for side in (0, 1))
+    if filesystem.async_impl:
+        options = {"max_concurrency": 1} if "s3" in filesystem.protocol else {}  # else s3fs asks for each size first
+        found: list[bytes | Exception] = filesystem.cat_ranges(paths, begins, ends, on_error="return", **options)
+        return found
+
+    def read(path: str, begin: int | None, end: int | None) -> bytes | Exception:
+        try:
+            content: bytes = filesystem.cat_file(path, start=begin, end=end)
+        except Exception as error:
+            return error
+        return content
+
+    with ThreadPoolExecutor(min(READING_THREADS, len(paths))) as pool:
+        return list(pool.map(read, paths, begins, ends))
+
+
+def _said_of(uri: str, error: Exception) -> UserError:
+    """The error of one of several reads as `reaching` puts it; a range that begins after the end is a file cut short.
+
+    Raises: MemoryError, which is not the store's.
+    """
+    if _error_code(error) in ("InvalidRange", "416"):
+        return UserError(f"{uri} is cut short: nothing is left at the range's first byte")
     try:
         with reaching(uri):
-            content: bytes = filesystem.cat_file(path)
-        return content
-    except StoreError:
-        raise
-    except UserError as error:
-        return error
+            raise error
+    except UserError as said:
+        return said
 
 
 def read_text(uri: str) -> str:
