@@ -1,19 +1,24 @@
 """Bad input: one clear line on standard error, exit code 2, nothing written, and no Ray started."""
 
 import json
+import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from s3fs import S3FileSystem
 from safetensors.torch import load_file, save_file
 
+from patchsae_ray.backbone import config
 from patchsae_ray.cli import run_job
 from patchsae_ray.sae.checkpoint import torch_bytes
 from patchsae_ray.settings import ExtractSettings, SteerSettings, TrainSettings
+from tests.backbone.test_torchscript import Command, writing_archive
 from tests.conftest import GOLDEN, golden_flags
 from tests.data.makers import make_folder
 from tests.sae.test_checkpoint import Evil, tensors
@@ -104,6 +109,51 @@ def test_model_that_does_not_fit(refused: Refused, tmp_path: Path) -> None:
     refused("train", ["--vit_type", "maple", "--model_path", str(GOLDEN / "model.pth.tar-5")], "--config_path is needed")
     nameless = sae_file(tmp_path / "nameless.pt", d_in=128, model_name=None)
     refused("extract", ["--sae_path", nameless], "--backbone is needed")
+
+
+def test_nothing_from_outside_is_run(refused: Refused, tmp_path: Path) -> None:
+    written = tmp_path / "written"
+    archive = str(writing_archive(tmp_path / "archive.pt", written))
+    refused("extract", changed(golden_flags(), clip_weights=archive), f"{archive} would run __torch__.")
+    evil = tmp_path / "evil.pt"
+    evil.write_bytes(pickle.dumps({"state_dict": Command(written)}))
+    refused("extract", changed(golden_flags(), clip_weights=str(evil)), f"{evil} is not a checkpoint of tensors alone")
+    torch.save({"cfg": Command(written), "state_dict": {}}, evil)
+    refused("extract", changed(golden_flags(), sae_path=str(evil)), f"{evil} would run posix.system when unpickled")
+    assert not written.exists()
+
+
+def test_a_checkpoint_names_no_path_to_open(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "read_weights", lambda path: pytest.fail(f"{path} was opened"))
+    for model, clip_weights, message in [
+        ("openai/clip-vit-base-patch16", str(GOLDEN / "clip.safetensors"), "--clip_weights is needed: {} names '/"),
+        ("ViT-B-16", "clip.safetensors", "--clip_weights is needed: {} names 'clip.safetensors', and a path"),
+        ("ViT-B-16", 7, "--clip_weights is needed: {} names 7"),
+        (str(GOLDEN / "clip.json"), None, "--backbone is needed: {} names '/"),
+        ("../models/demo", None, "--backbone is needed: {} names '../models/demo', and a path in a checkpoint"),
+        ("local-dir:/tmp", None, "--backbone is needed: {} names 'local-dir:/tmp'"),
+    ]:
+        sae = sae_file(tmp_path / "sae.pt", 128, model_name=model, clip_weights=clip_weights)
+        refused("extract", ["--sae_path", sae], message.format(sae))
+    (tmp_path / "openai").write_bytes(b"no weights")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(open_clip, "download_pretrained", no_hub)
+    sae = sae_file(tmp_path / "sae.pt", 128, model_name="ViT-B-16", clip_weights="openai")
+    refused("extract", ["--sae_path", sae], "--clip_weights openai: its weights could not be downloaded (no hub)")
+
+
+def no_hub(tag: object) -> str:
+    raise ConnectionError("no hub")
+
+
+def test_archives_that_unpack_to_more_than_they_hold(refused: Refused, tmp_path: Path) -> None:
+    torch.save({"cfg": {}, "state_dict": {"W_enc": torch.zeros(128, 50_000)}}, tmp_path / "whole.pt")
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(tmp_path / "whole.pt") as old, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    for flag in ("sae_path", "clip_weights"):
+        refused("extract", changed(golden_flags(), **{flag: str(bomb)}), f"{bomb} unpacks to 25,6")
 
 
 def test_weights_that_do_not_fit_are_found_before_ray(refused: Refused, tmp_path: Path) -> None:

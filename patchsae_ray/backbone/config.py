@@ -70,22 +70,40 @@ def strip_openai(model_name: str) -> str:
     return model_name
 
 
+def is_model_name(name: str) -> bool:
+    """Whether a name is one of configs/models or of open_clip's models, and so no path."""
+    name = strip_openai(name)
+    return name in configs.names("models") or name in open_clip.list_models()
+
+
+def is_weights_tag(model_name: str, tag: str) -> bool:
+    """Whether open_clip has weights of that tag for a model that `is_model_name`, and so it is no path."""
+    name = strip_openai(model_name)
+    return bool(open_clip.get_pretrained_cfg(_named(name).get("model", name), tag))
+
+
+def _named(backbone: str) -> dict[str, Any]:
+    """The entry of configs/models, empty where there is none."""
+    return configs.find("models", backbone, allowed=_MODEL_KEYS, required=frozenset({"model"})) or {}
+
+
 def resolve(backbone: str, clip_weights: str | None) -> tuple[BackboneConfig, Weights]:
     """The model config and the weights for `--backbone` and `--clip_weights`.
 
-    A name is looked for in configs/models, then among open_clip's models; anything else is the path of a JSON file.
+    A name is looked for in configs/models, then among open_clip's models; anything else is the path of a JSON file. A tag
+    of open_clip's wins over a file of that name, which is meant by `./NAME`.
 
     Raises: UserError for an unknown name, an unreadable file, or a model that is not an open_clip ViT.
     """
     backbone = strip_openai(backbone)
-    named = configs.find("models", backbone, allowed=_MODEL_KEYS, required=frozenset({"model"})) or {}
+    named = _named(backbone)
     model, clip_weights = named.get("model", backbone), clip_weights or named.get("weights")
     config = BackboneConfig(backbone, _model_config(model, backbone))
     _check_supported(config)
     if clip_weights is None:
         raise UserError(f"--backbone {backbone} needs --clip_weights: {_weights_hint(model)}")
     tag = open_clip.get_pretrained_cfg(model, clip_weights)
-    if tag and not Path(clip_weights).exists():
+    if tag:
         weights = _from_tag(model, clip_weights, tag)
         config = replace(config, mean=tuple(tag["mean"]), std=tuple(tag["std"]))
     elif not Path(clip_weights).exists() and "/" not in clip_weights and not Path(clip_weights).suffix:

@@ -93,6 +93,13 @@ class Manifest:
         """Digest of where the units begin: of what results by unit number depend on beside `digest`."""
         return storage.digest([np.ascontiguousarray(self.units.edges(), "<i8")])
 
+    def group_edges(self) -> np.ndarray:
+        """[groups + 1] int64: positions at which runs begin that are best read as a whole, and the number of images.
+
+        The units' edges: a unit of Parquet is made of whole row groups wherever they are small enough.
+        """
+        return self.units.edges()
+
     def label_array(self) -> np.ndarray:
         """[num_images] int32: each image's label under the class list in use, -1 without one."""
         return self.reading.mapped(self.units.labels())
@@ -134,7 +141,7 @@ def file_edges(counts: Sequence[int]) -> np.ndarray:
     return np.concatenate([*pieces, starts[-1:]])
 
 
-def group_edges(rows: np.ndarray) -> np.ndarray:
+def row_group_edges(rows: np.ndarray) -> np.ndarray:
     """Edges of units of whole Parquet row groups.
 
     Neighbouring groups are put together up to 512 rows. A group of up to 1,024 is a unit by itself, so that none of it is

@@ -28,9 +28,9 @@ from patchsae_ray.data.manifest import (
     Reading,
     even_edges,
     file_edges,
-    group_edges,
     manifest_digest,
     readable,
+    row_group_edges,
 )
 from patchsae_ray.data.scans import Labels, ParquetScan, numbered, scan_parquet, scan_tar
 from patchsae_ray.data.tables import NO_LABEL, ROWS_A_PART, Part, UnitTable, rows_of
@@ -259,7 +259,7 @@ def _parquet_manifest(source: Source, listing: Listing, making: Making) -> Manif
     found = list(making.run(work, _cut(listing.archives)))
     scans = [scan for _, some in found for scan in some]
     labels = Labels(scans, source.label_column)
-    edges = group_edges(np.concatenate([scan.group_rows for scan in scans]))
+    edges = row_group_edges(np.concatenate([scan.group_rows for scan in scans]))
     if not edges[-1]:
         raise UserError(f"no images in {source.uri}: its Parquet files have no rows")
     numbers = numbered([scan.label_codes for scan in scans], [scan.values for scan in scans], labels.values)

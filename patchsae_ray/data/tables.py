@@ -117,13 +117,6 @@ class UnitTable(Sequence[Unit]):
         """[units + 1] int64: position of each unit's first image, and the number of images at the end; always in memory."""
         return self.edges_array
 
-    def groups(self) -> np.ndarray:
-        """[groups + 1] int64: positions at which runs begin that are best read as a whole, and the number of images.
-
-        The units' edges: a unit of Parquet is made of whole row groups wherever they are small enough.
-        """
-        return self.edges_array
-
     def labels(self) -> np.ndarray:
         """[images] int32: each image's label as the source has it, -1 without one."""
         return self.label_source if isinstance(self.label_source, np.ndarray) else _kept_labels(self.label_source)

@@ -10,7 +10,6 @@ from patchsae_ray.data.manifest import Manifest, even_edges
 from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.measure.arrays import Arrays
 from patchsae_ray.measure.evaluator import Evaluator, ResidualSummer, ZeroShotHead
-from patchsae_ray.measure.image_errors import ImageError
 from patchsae_ray.names import Tokens
 from patchsae_ray.pipelines.model import PortableModel
 
@@ -71,10 +70,7 @@ class MeansWorker:
     def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
         """The sums of a unit's measured images, as arrays, and stage times."""
         measured = self._chosen.of(unit)
-        try:
-            return self._summer.unit(measured.pixels, measured.positions, report)
-        except ImageError as error:
-            return error.to_arrays(), {}
+        return self._summer.unit(measured.pixels, measured.positions, report)
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,4 @@ class EvaluateWorker:
     def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
         """The sums of a unit's measured images, as arrays, and stage times."""
         measured = self._chosen.of(unit)
-        try:
-            return self._evaluator.unit(measured.pixels, measured.positions, measured.labels, report)
-        except ImageError as error:
-            return error.to_arrays(), {}
+        return self._evaluator.unit(measured.pixels, measured.positions, measured.labels, report)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from patchsae_ray import storage
 from patchsae_ray.data.images import decode
-from patchsae_ray.data.manifest import UNIT_SIZE, Manifest, group_edges
+from patchsae_ray.data.manifest import UNIT_SIZE, Manifest, row_group_edges
 from patchsae_ray.data.sources import build_manifest
 from patchsae_ray.data.units import decode_images, decode_unit, read_image, read_unit
 from patchsae_ray.errors import UserError
@@ -159,8 +159,9 @@ def test_images_at_any_positions(nine: Manifest) -> None:
     assert found.positions.tolist() == [7, 0, 3, 8, 0]
     assert found.labels.tolist() == [labels_of(9)[position] for position in found.positions]
     assert np.array_equal(found.pixels, np.stack([decode(picture(position), 8) for position in found.positions.tolist()]))
-    assert [(position, reason) for position, _, reason in found.bad] == [(5, "not an image of a known format")]
-    assert found.bad[0][1].endswith("00005.png")
+    ((position, path, reason),) = found.bad
+    assert (position, path[-9:]) == (5, "00005.png")
+    assert reason.startswith("not an image of a known format")
     assert decode_images(nine, np.zeros(0, np.int64), 8).pixels.shape == (0, 8, 8, 3)
     with pytest.raises(IndexError):
         decode_images(nine, np.array([0, 9]), 8)
@@ -217,7 +218,7 @@ def test_the_digest_knows_the_data_and_not_the_place(tmp_path: Path) -> None:
 @settings(max_examples=100, deadline=None)
 @given(rows=st.lists(st.integers(0, 3000), max_size=12))
 def test_units_are_made_of_whole_row_groups(rows: list[int]) -> None:
-    edges, groups = group_edges(np.array(rows, np.int64)), np.cumsum([0, *rows])
+    edges, groups = row_group_edges(np.array(rows, np.int64)), np.cumsum([0, *rows])
     assert (edges[0], edges[-1]) == (0, sum(rows))
     assert (np.diff(edges) > 0).all()
     for start, end in pairwise(edges.tolist()):
@@ -250,7 +251,7 @@ def test_bad_images_keep_their_positions(root: str) -> None:
         (5, "cat/00005.png"),
     ]
     assert unit.bad[1][2] == "empty file"
-    assert unit.bad[2][2] == "not an image of a known format"
+    assert unit.bad[2][2].startswith("not an image of a known format")
 
 
 def test_a_source_that_changed_is_said(tmp_path: Path) -> None:
