@@ -138,7 +138,7 @@ class _Run:
         manifest = inputs.manifest
         wanted = min(settings.eval_images or manifest.num_images, manifest.num_images)
         self._read: Manifest = manifest
-        self.chosen = Chosen(None, None)
+        self.chosen = Chosen(None)
         if wanted < manifest.num_images:
             self._read, self.chosen = narrowed(manifest, sample_positions(manifest.num_images, wanted, settings.seed))
         self._model = inputs.model.portable(session.plan.precision)
