@@ -45,6 +45,11 @@ def s3_code(error: BaseException) -> str:
     return ""
 
 
+def of_code(code: str) -> type[StoreError]:
+    """The kind of error that one of S3's codes is, of an object that is there."""
+    return AccessError if code in _ACCESS_CODES else StoreError
+
+
 def _http_status(error: BaseException) -> int:
     """The HTTP status behind an error, wherever its client keeps it; 0 where there is none."""
     for one in _causes(error):
@@ -79,6 +84,8 @@ def as_ours(error: Exception, uri: str) -> UserError:
         return UserError(f"cannot write {uri}: a file is where a folder should be")
     if isinstance(error, PermissionError) or code in _ACCESS_CODES or status in (401, 403) or kinds & _NO_CREDENTIALS:
         return AccessError(f"no permission for {uri}: {first_line(error)}")
+    if isinstance(error, NotImplementedError):
+        return UserError(f"{uri}: its file system cannot do this ({first_line(error)})")
     missing = isinstance(error, FileNotFoundError) or status == 404
     if missing and code != "NoSuchUpload":  # of several parts, whose last answer may have been lost
         bucket = code == "NoSuchBucket" or "bucket does not exist" in str(error)

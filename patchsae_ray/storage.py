@@ -16,6 +16,7 @@ from fsspec.core import url_to_fs
 from patchsae_ray.errors import NotFound, StoreError, UserError, first_line
 from patchsae_ray.faults import patiently as patiently
 from patchsae_ray.faults import reaching, s3_code
+from patchsae_ray.names import expanded
 
 LISTING_THREADS = 32
 READING_THREADS = 16
@@ -73,11 +74,6 @@ def _fresh(uri: str) -> tuple[Any, str]:
     filesystem, path = filesystem_of(uri)
     filesystem.invalidate_cache()
     return filesystem, path
-
-
-def expanded(path: str) -> str:
-    """A path or URI with `~` at its beginning and `$NAME` or `${NAME}` anywhere replaced; an unknown name stays as it is."""
-    return os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111 - pathlib would rewrite s3:// to s3:/
 
 
 def absolute(uri: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from patchsae_ray.errors import NotFound, UserError
-from patchsae_ray.storage import join, read_many, read_ranges
+from patchsae_ray.storage import absolute, join, read_many, read_ranges
 from tests.data.makers import write
 
 PLACES = ["local", "memory://ranges", "s3://bucket/ranges"]
@@ -41,3 +41,12 @@ def test_many_files_each_with_its_bytes_or_its_absence(place: str) -> None:
     assert [found[0], found[1], found[3]] == [b"one", b"", b"two"]
     assert isinstance(found[2], NotFound)
     assert read_many([]) == []
+
+
+def test_a_path_is_absolute_and_a_uri_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    assert absolute("~/a/../b") == "/home/me/b"
+    assert absolute("$HOME/a") == "/home/me/a"
+    assert absolute("a") == str(tmp_path / "a")
+    assert absolute("s3://bucket/~/a") == "s3://bucket/~/a"

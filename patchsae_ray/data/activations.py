@@ -18,7 +18,7 @@ from torch import Tensor
 
 from patchsae_ray import storage
 from patchsae_ray.data.mixing import ChunkTokens
-from patchsae_ray.errors import UserError
+from patchsae_ray.errors import StoreError, UserError
 from patchsae_ray.names import ActivationDtype, Tokens
 
 FORMAT = 1
@@ -29,6 +29,7 @@ _MOST_HEADERS = 2**16
 """Kept in a process: about 300 bytes each, and 8 for each image of a unit that has unreadable ones."""
 _START_BYTES = 2**14
 _MOST_HEADER_BYTES = 2**24
+_MEND = "without it jobs/cache_activations.py --overwrite makes it anew"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class ActivationCache:
             begin = header.begin + (place * record.tokens_per_image + start) * token_bytes
             ranges.append((unit_file(self.folder, unit), begin, begin + (stop - start) * token_bytes))
             readable.append(position)
-        data = bytearray(b"".join(storage.patiently(lambda: storage.read_ranges(ranges))))
+        data = bytearray(b"".join(_read(ranges)))  # writable, which torch wants of a tensor's memory
         shape = (len(readable), stop - start, record.width)
         values = torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
         return ChunkTokens(values, np.array(readable, np.int64), bad)
@@ -178,7 +179,7 @@ class ActivationCache:
 
 def _read_header(uri: str, record: CacheRecord) -> _Header:
     start = storage.patiently(lambda: _read_start(uri))
-    damaged = f"{uri} is not a whole unit of cached activations; without it jobs/cache_activations.py --overwrite makes it anew"
+    damaged = f"{uri} is not a whole unit of cached activations; {_MEND}"
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or length > _MOST_HEADER_BYTES:
         raise UserError(damaged)
@@ -210,4 +211,14 @@ def _read_start(uri: str) -> bytes:
 
 def _part(uri: str, start: bytes, begin: int, end: int) -> bytes:
     """Bytes [begin, end) of a file whose first bytes are known."""
-    return start[begin:end] if end <= len(start) else storage.patiently(lambda: storage.read_ranges([(uri, begin, end)]))[0]
+    return start[begin:end] if end <= len(start) else _read([(uri, begin, end)])[0]
+
+
+def _read(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """Raises: as `storage.read_ranges`, saying what would mend a file that is not whole."""
+    try:
+        return storage.patiently(lambda: storage.read_ranges(ranges))
+    except UserError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise UserError(f"{error}; {_MEND}") from error

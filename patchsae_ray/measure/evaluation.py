@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from patchsae_ray.measure.arrays import Arrays, prefixed, without_prefix
-from patchsae_ray.measure.image_errors import ImageError
 from patchsae_ray.measure.recovered import ZeroShotMetrics
 from patchsae_ray.measure.sums import CompensatedSum
 from patchsae_ray.sae.objective import as_divisor
@@ -149,11 +148,7 @@ class EvaluationTotals:
         """None where nothing was to be classified."""
 
     def add(self, arrays: Arrays) -> None:
-        """Take in what a unit, or another's `to_arrays`, gave.
-
-        Raises: ImageError where a unit's worker met one.
-        """
-        ImageError.raise_from(arrays)
+        """Take in what a unit, or another's `to_arrays`, gave."""
         tokens, zero_shot = without_prefix("tokens", arrays), without_prefix("zero_shot", arrays)
         if tokens and self.tokens is None:
             self.tokens = TokenMetrics.from_arrays(tokens)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from patchsae_ray.backbone.clip import Backbone
 from patchsae_ray.backbone.zero_shot import logits
-from patchsae_ray.errors import UserError
 from patchsae_ray.measure.arrays import Arrays, prefixed, without_prefix
+from patchsae_ray.measure.image_errors import check_finite, check_labels
 from patchsae_ray.measure.masking import MaskingAccuracy, halves_of
 from patchsae_ray.measure.rankings import Ranker, Ranking
 from patchsae_ray.measure.residuals import ResidualBatches
@@ -159,12 +159,11 @@ class Steerer:
             labels: [n] int64, -1 without one.
             report: told the number of images done so far.
 
-        Raises: UserError where a label has no class.
+        Raises: ImageError for residuals or scores that are not finite, and where a label has no class.
         """
         totals = SteeringTotals()
         num_masked, num_classes = 2 * len(self._ks), len(self._classifier)
-        if labels.max(initial=-1) >= num_classes:
-            raise UserError(f"an image has the label {labels.max()}, but there are {num_classes} class names")
+        check_labels(positions, labels, num_classes)
         for ranking in self._settings.rankings:
             totals.accuracy[ranking.name] = MaskingAccuracy(num_masked, num_classes, ranking.orders)
             totals.in_half[ranking.name] = MaskingAccuracy(num_masked, num_classes, ranking.orders)
@@ -189,6 +188,7 @@ class Steerer:
         true = torch.from_numpy(labels).to(self._device)[:, None]
         half = self._other_half[self._half_of[true]]  # [n, 1, c], 0 in the image's own half of the classes, -inf in the other
         without = self._scores(residual)[:, None]
+        check_finite(positions, residuals=residual, scores=without)
         predicted = without.argmax(dim=-1)[:, 0].tolist()
         untouched = [self._right(scores, true)[:, 0].cpu().numpy() > 0 for scores in (without, without + half)]
         found = [without] if self._settings.predictions else []
@@ -203,16 +203,19 @@ class Steerer:
         def means() -> Tensor:
             return encoded.image_means(len(residual), self._sae.d_sae)
 
+        seen = torch.zeros(len(residual), device=self._device)  # NaN where any score of an image is, or a latent that it is of
         for ranking in self._settings.rankings:
             right = [torch.zeros(len(residual), 2 * len(self._ks), dtype=torch.int64, device=self._device) for _ in range(2)]
             for ranks in self._ranker.ranks(ranking, labels.tolist(), predicted, means):
                 timer.mark("rank")
                 scores = self._masked_scores(residual, active, ranks, rest, timer)
+                seen += scores.sum(dim=(1, 2))
                 right[0] += self._right(scores, true)
                 right[1] += self._right(scores + half, true)
                 found += [scores] if self._settings.predictions else []
             for kept, without_sae, masked in zip((totals.accuracy, totals.in_half), untouched, right, strict=True):
                 kept[ranking.name].update(labels, without_sae, masked.cpu().numpy())
+        check_finite(positions, scores=seen[:, None])
         if found:
             totals.add_predictions(_predictions(torch.cat(found, dim=1), positions, labels))
         timer.mark("reduce")

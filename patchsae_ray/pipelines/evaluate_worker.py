@@ -10,7 +10,6 @@ from patchsae_ray.data.manifest import Manifest, Segment, Unit, UnitTable, cut_u
 from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.measure.arrays import Arrays
 from patchsae_ray.measure.evaluator import Evaluator, ResidualSummer, ZeroShotHead
-from patchsae_ray.measure.image_errors import ImageError
 from patchsae_ray.names import Tokens
 from patchsae_ray.pipelines.model import PortableModel
 
@@ -99,10 +98,7 @@ class MeansWorker:
     def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
         """The sums of a unit's measured images, as arrays, and stage times."""
         measured = self._chosen.of(unit)
-        try:
-            return self._summer.unit(measured.pixels, measured.positions, report)
-        except ImageError as error:
-            return error.to_arrays(), {}
+        return self._summer.unit(measured.pixels, measured.positions, report)
 
 
 @dataclass(frozen=True)
@@ -147,7 +143,4 @@ class EvaluateWorker:
     def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
         """The sums of a unit's measured images, as arrays, and stage times."""
         measured = self._chosen.of(unit)
-        try:
-            return self._evaluator.unit(measured.pixels, measured.positions, measured.labels, report)
-        except ImageError as error:
-            return error.to_arrays(), {}
+        return self._evaluator.unit(measured.pixels, measured.positions, measured.labels, report)

@@ -12,6 +12,7 @@ from patchsae_ray.backbone.clip import (
     DEFAULT_BLOCK_LAYER,
     Backbone,
     check_weights,
+    dtype_of,
     resolve_block,
     vision_state,
 )
@@ -200,11 +201,6 @@ def _hook(settings: ModelSettings, checkpoint: SaeCheckpoint | None, layers: int
             "leave the flag out to take that"
         )
     return chosen
-
-
-def dtype_of(precision: str) -> torch.dtype:
-    """fp32, bf16 or fp16 as torch's dtype."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def _tensors(arrays: dict[str, np.ndarray]) -> StateDict:

@@ -14,6 +14,7 @@ import torch
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.measure.arrays import Arrays
+from patchsae_ray.measure.image_errors import ImageError
 from patchsae_ray.measure.stages import peak_bytes
 from patchsae_ray.pipelines.bundles import Notes, pack
 from patchsae_ray.pipelines.decoding import Attempt, decoded_units
@@ -25,7 +26,10 @@ class UnitWorker(Protocol):
     """What runs inside an actor, with the model loaded."""
 
     def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
-        """One unit → its partial result and stage times; `report` takes the number of images done so far."""
+        """One unit → its partial result and stage times; `report` takes the number of images done so far.
+
+        Raises: ImageError for an image with which the whole pass cannot go on.
+        """
         ...
 
 
@@ -69,8 +73,11 @@ class _Actor:
             with Attempt(self._ledger, "model", index, f"unit {index}") as failed:
                 notes.failed = failed
                 if not failed:
-                    arrays, seconds = self._worker.process(unit, lambda images: self._reporter.report(index, images))
-                    notes.seconds.update(seconds)
+                    try:
+                        arrays, seconds = self._worker.process(unit, lambda images: self._reporter.report(index, images))
+                        notes.seconds.update(seconds)
+                    except ImageError as error:  # said by the partial result, and raised where it is combined
+                        arrays = error.to_arrays()
         notes.peak_bytes = peak_bytes()
         self._reporter.report(index, header["count"], final=True)
         return {"partial": [pack(arrays, notes)]}
