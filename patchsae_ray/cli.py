@@ -4,9 +4,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
-from patchsae_ray.errors import user_error
+from patchsae_ray.errors import UserError, user_error
 from patchsae_ray.parsing import Defaults, parse
 from patchsae_ray.settings import FolderSettings
 
@@ -25,7 +26,9 @@ def run_job(
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not each retry; what comes of them is the job's one line
     try:
-        run(parse(settings_class, arguments, defaults))
+        settings = parse(settings_class, arguments, defaults)
+        _refuse_temporary_root(settings.root_dir)
+        run(settings)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
@@ -36,3 +39,16 @@ def run_job(
         sys.stderr.write(f"error: {known}\n")
         return 2
     return 0
+
+
+def _refuse_temporary_root(root_dir: str) -> None:
+    """A job that was submitted to a cluster runs in a folder that the cluster removes, and another machine's disk holds it.
+
+    Raises: UserError where the results would go there.
+    """
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # so is it named; `ray job submit` sets it
+    if submitted and "://" not in root_dir and not Path(root_dir).is_absolute():
+        raise UserError(
+            f"--root_dir {root_dir}: a submitted job's own folder is temporary; a URI, or the full path of a folder that "
+            "all machines share, would be right"
+        )

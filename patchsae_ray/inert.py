@@ -5,12 +5,17 @@ all, becomes an inert stand-in. Nothing is imported and nothing is called.
 """
 
 import io
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from patchsae_ray.errors import UserError, first_line
+
+_PACKED_BYTES = 16 * 2**20
+"""That an archive may unpack to beyond its own size; torch compresses no tensor."""
 
 
 class StandIn:
@@ -35,6 +40,27 @@ def _plain_dict(*factory: Any) -> dict[Any, Any]:
 _MADE_PLAIN = {"collections.defaultdict": _plain_dict}
 
 
+def check_size(path: str, source: io.BytesIO | Path, held: int) -> None:
+    """See that a checkpoint, if it is a zip archive, unpacks to about the bytes that it holds.
+
+    Args:
+        path: for the message.
+        source: the file.
+        held: its bytes.
+
+    Raises: UserError where it would unpack to more.
+    """
+    if not zipfile.is_zipfile(source):
+        return
+    try:
+        with zipfile.ZipFile(source) as archive:
+            unpacked = sum(record.file_size for record in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise UserError(f"{path} is not a whole torch checkpoint: {first_line(error)}") from error
+    if unpacked > held + _PACKED_BYTES:
+        raise UserError(f"{path} unpacks to {unpacked:,} bytes from {held:,}; torch itself stores tensors uncompressed")
+
+
 def load_inert(path: str, data: bytes, expected: Callable[[str], bool], what: str) -> Any:
     """A torch checkpoint's content, objects of expected classes as stand-ins.
 
@@ -44,8 +70,9 @@ def load_inert(path: str, data: bytes, expected: Callable[[str], bool], what: st
         expected: whether a class, by its full name, may be in the file.
         what: what is read of such a file, for the message.
 
-    Raises: UserError where the file is damaged, or names a class that is not expected.
+    Raises: UserError where the file is damaged, unpacks to more than it holds, or names a class that is not expected.
     """
+    check_size(path, io.BytesIO(data), len(data))
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
     except Exception as error:  # torch raises many types for a damaged file

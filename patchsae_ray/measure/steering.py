@@ -13,8 +13,8 @@ from torch import Tensor
 
 from patchsae_ray.backbone.clip import Backbone
 from patchsae_ray.backbone.zero_shot import logits
-from patchsae_ray.errors import UserError
 from patchsae_ray.measure.arrays import Arrays, prefixed, without_prefix
+from patchsae_ray.measure.image_errors import check_finite, check_labels
 from patchsae_ray.measure.masking import MaskingAccuracy, halves_of
 from patchsae_ray.measure.rankings import Ranker, Ranking
 from patchsae_ray.measure.residuals import ResidualBatches
@@ -23,6 +23,8 @@ from patchsae_ray.names import ErrorTerm, Tokens
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.sae.ops import ActiveLatents, active_latents, masked_reconstructions, sparse_decode
 
+PARTIALS = 2
+"""Version of `SteeringTotals`' arrays: partial results of another version are not read."""
 KS_AT_ONCE = 32
 """Numbers of latents whose variants of an image are there at once; a longer list is gone through in parts."""
 VARIANT_BYTES = {"cpu": 2**24, "cuda": 2**31}
@@ -159,12 +161,11 @@ class Steerer:
             labels: [n] int64, -1 without one.
             report: told the number of images done so far.
 
-        Raises: UserError where a label has no class.
+        Raises: ImageError for residuals or scores that are not finite, and where a label has no class.
         """
         totals = SteeringTotals()
         num_masked, num_classes = 2 * len(self._ks), len(self._classifier)
-        if labels.max(initial=-1) >= num_classes:
-            raise UserError(f"an image has the label {labels.max()}, but there are {num_classes} class names")
+        check_labels(positions, labels, num_classes)
         for ranking in self._settings.rankings:
             totals.accuracy[ranking.name] = MaskingAccuracy(num_masked, num_classes, ranking.orders)
             totals.in_half[ranking.name] = MaskingAccuracy(num_masked, num_classes, ranking.orders)
@@ -189,8 +190,9 @@ class Steerer:
         true = torch.from_numpy(labels).to(self._device)[:, None]
         half = self._other_half[self._half_of[true]]  # [n, 1, c], 0 in the image's own half of the classes, -inf in the other
         without = self._scores(residual)[:, None]
+        check_finite(positions, residuals=residual, scores=without)
         predicted = without.argmax(dim=-1)[:, 0].tolist()
-        untouched = [self._right(scores, true)[:, 0].cpu().numpy() > 0 for scores in (without, without + half)]
+        untouched = [self._right(scores, true)[:, 0].cpu().numpy() for scores in (without, without + half)]
         found = [without] if self._settings.predictions else []
         timer.mark("from_hook")
         encoded = active_latents(self._sae, residual[:, self._encoded])
@@ -203,16 +205,19 @@ class Steerer:
         def means() -> Tensor:
             return encoded.image_means(len(residual), self._sae.d_sae)
 
+        seen = torch.zeros(len(residual), device=self._device)  # NaN where any score of an image is, or a latent that it is of
         for ranking in self._settings.rankings:
-            right = [torch.zeros(len(residual), 2 * len(self._ks), dtype=torch.int64, device=self._device) for _ in range(2)]
+            right: tuple[list[Tensor], list[Tensor]] = ([], [])
             for ranks in self._ranker.ranks(ranking, labels.tolist(), predicted, means):
                 timer.mark("rank")
                 scores = self._masked_scores(residual, active, ranks, rest, timer)
-                right[0] += self._right(scores, true)
-                right[1] += self._right(scores + half, true)
+                seen += scores.sum(dim=(1, 2))
+                right[0].append(self._right(scores, true))
+                right[1].append(self._right(scores + half, true))
                 found += [scores] if self._settings.predictions else []
             for kept, without_sae, masked in zip((totals.accuracy, totals.in_half), untouched, right, strict=True):
-                kept[ranking.name].update(labels, without_sae, masked.cpu().numpy())
+                kept[ranking.name].update(labels, without_sae, torch.stack(masked, dim=2).cpu().numpy())
+        check_finite(positions, scores=seen[:, None])
         if found:
             totals.add_predictions(_predictions(torch.cat(found, dim=1), positions, labels))
         timer.mark("reduce")
@@ -229,8 +234,8 @@ class Steerer:
 
     @staticmethod
     def _right(scores: Tensor, true: Tensor) -> Tensor:
-        """[n, m] 1 where the largest of scores [n, m, c] is that of the true class [n, 1]."""
-        return (scores.argmax(dim=-1) == true).to(torch.int64)
+        """[n, m] bool, whether the largest of scores [n, m, c] is that of the true class [n, 1]."""
+        return scores.argmax(dim=-1) == true
 
     def _scores(self, residual: Tensor) -> Tensor:
         """[n, c] scores of residuals [n, t, d]."""

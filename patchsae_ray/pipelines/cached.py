@@ -20,10 +20,10 @@ from patchsae_ray.data.activations import (
 )
 from patchsae_ray.data.catalog import open_dataset
 from patchsae_ray.data.manifest import Manifest
-from patchsae_ray.data.mixing import ChunkTokens
 from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.arrays import Arrays
+from patchsae_ray.measure.image_errors import check_finite
 from patchsae_ray.names import ActivationDtype, Tokens
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.model import LoadedModel, PortableModel, load_model
@@ -62,7 +62,10 @@ class CacheWorker:
         self._tower = ChunkTower(backbone, backbone.token_slice(task.tokens), task.dtype, task.batch_size, device)
 
     def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
-        """Write a unit's file unless an earlier run has; its number of images and of bytes, and stage times."""
+        """Write a unit's file unless an earlier run has; its number of images and of bytes, and stage times.
+
+        Raises: ImageError for activations that are not finite.
+        """
         task, uri = self._task, unit_file(self._task.folder, unit.index)
         self._tower.timer.seconds = {}
         self._tower.timer.mark("idle")
@@ -75,7 +78,7 @@ class CacheWorker:
             parts.append(self._tower.tokens(unit.pixels[low:high]))
             report(int(high))
         residual = torch.cat(parts) if parts else self._tower.tokens(unit.pixels)
-        ChunkTokens(residual, unit.positions).check()
+        check_finite(unit.positions, activations=residual)
         data = unit_bytes(residual, unit.positions, unit.bad, task.key)
         storage.patiently(lambda: create(uri, data))
         self._tower.timer.mark("write")

@@ -6,8 +6,6 @@ the second does everything else. Each commits under a run key of its own, so nei
 
 import logging
 import posixpath
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +19,6 @@ from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.evaluation import EvaluationTotals
 from patchsae_ray.measure.evaluator import MeanTotals
-from patchsae_ray.measure.image_errors import ImageError
 from patchsae_ray.measure.recovered import conditions_of
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.evaluate_outputs import (
@@ -141,7 +138,7 @@ class _Run:
         manifest = inputs.manifest
         wanted = min(settings.eval_images or manifest.num_images, manifest.num_images)
         self._read: Manifest = manifest
-        self.chosen = Chosen(None, None)
+        self.chosen = Chosen(None)
         if wanted < manifest.num_images:
             self._read, self.chosen = narrowed(manifest, sample_positions(manifest.num_images, wanted, settings.seed))
         self._model = inputs.model.portable(session.plan.precision)
@@ -174,25 +171,10 @@ class _Run:
 
     def _pass(self, what: str, task: UnitTask, totals: type[T], key: str) -> tuple[T, Pass]:
         settings, image_size = self._settings, self._inputs.model.config.image_size
-        with self._naming_the_image():
-            return UnitPass(
-                what, self._read, image_size, task, totals, self._session, key,
-                settings.max_bad_fraction, settings.no_progress_minutes, settings.commit_seconds,
-            ).run()  # fmt: skip
-
-    @contextmanager
-    def _naming_the_image(self) -> Iterator[None]:
-        """Add the path to an ImageError, which comes out of a task wrapped by Ray."""
-        try:
-            yield
-        except Exception as error:
-            found = getattr(error, "cause", error)
-            if type(found) is not ImageError:
-                raise
-            manifest = self._inputs.manifest
-            unit = manifest.units[manifest.units.at(found.position)]
-            path = manifest.paths(unit)[found.position - unit.start]
-            raise UserError(str(ImageError(found.position, found.said, path))) from error
+        return UnitPass(
+            what, self._read, image_size, task, totals, self._session, key,
+            settings.max_bad_fraction, settings.no_progress_minutes, settings.commit_seconds, whole=self._inputs.manifest,
+        ).run()  # fmt: skip
 
 
 def _about(settings: EvaluateSettings, inputs: EvaluateInputs) -> dict[str, Any]:

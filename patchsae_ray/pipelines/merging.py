@@ -4,11 +4,15 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from patchsae_ray.data.manifest import Manifest
+from patchsae_ray.errors import UserError
+from patchsae_ray.measure.image_errors import ImageError
 from patchsae_ray.pipelines.bundles import BadRows, Bundle, BundleFolder, Notes, pack, unpack
 from patchsae_ray.pipelines.units import Totals
 
@@ -29,13 +33,17 @@ class Receipt:
 
 
 def combine(folder: BundleFolder, totals: type[Totals], *blocks: Any) -> Receipt:
-    """Merge partials and commit them as one bundle; runs as a Ray task."""
+    """Merge partials and commit them as one bundle; runs as a Ray task.
+
+    Raises: ImageError where a unit's worker met one.
+    """
     start = time.perf_counter()
     units = sorted((unpack(data) for block in blocks for data in block["partial"].to_pylist()), key=lambda one: one[1].units)
     failed = tuple((notes.units[0], notes.failed) for _, notes in units if notes.failed)
     merged, all_notes = totals(), Notes([], 0)
     for arrays, notes in units:
         if not notes.failed:
+            ImageError.raise_from(arrays)
             merged.add(arrays)
             all_notes.add(notes)
     if all_notes.units:
@@ -45,6 +53,23 @@ def combine(folder: BundleFolder, totals: type[Totals], *blocks: Any) -> Receipt
         folder.commit(arrays, all_notes)
         return Receipt(tuple(all_notes.units), all_notes.bad, failed, time.perf_counter() - mark)
     return Receipt((), [], failed)
+
+
+@contextmanager
+def naming_the_image(manifest: Manifest) -> Iterator[None]:
+    """Add the path to an ImageError, which comes out of a task wrapped by Ray; its position is one of this manifest's.
+
+    Raises: UserError in its place.
+    """
+    try:
+        yield
+    except Exception as error:
+        found = getattr(error, "cause", error)
+        if type(found) is not ImageError:
+            raise
+        unit = manifest.units[manifest.units.at(found.position)]
+        path = manifest.paths(unit)[found.position - unit.start]
+        raise UserError(str(ImageError(found.position, found.said, path))) from error
 
 
 def _read_ahead(folder: BundleFolder, chosen: Sequence[Bundle]) -> Iterator[tuple[Any, Notes]]:

@@ -29,7 +29,7 @@ from patchsae_ray.pipelines.bundles import (
     uncovered,
 )
 from patchsae_ray.pipelines.cluster import several_machines
-from patchsae_ray.pipelines.merging import Receipt, combine, merged_contents
+from patchsae_ray.pipelines.merging import Receipt, combine, merged_contents, naming_the_image
 from patchsae_ray.pipelines.progress import ProgressLines, duration, on_this_machine, start_ledger
 from patchsae_ray.pipelines.runner import Session
 from patchsae_ray.pipelines.units import Totals, UnitTask, partials
@@ -119,6 +119,7 @@ class UnitPass(Generic[T]):
         max_bad_fraction: share of unreadable images up to which the pass goes on.
         no_progress_minutes: after which it is given up.
         commit_seconds: how long partials wait, at most, for others to be committed with.
+        whole: what positions in the actors' errors are of, where that is not `manifest`.
     """
 
     what: str
@@ -131,6 +132,7 @@ class UnitPass(Generic[T]):
     max_bad_fraction: float
     no_progress_minutes: float
     commit_seconds: float = 60.0
+    whole: Manifest | None = None
 
     def __post_init__(self) -> None:
         self.manifest = keep(self.manifest)
@@ -146,7 +148,7 @@ class UnitPass(Generic[T]):
     def run(self) -> tuple[T, Pass]:
         """Run what no bundle holds, then merge all bundles.
 
-        Raises: UserError past `max_bad_fraction`, without progress, or where the store stays away.
+        Raises: UserError past `max_bad_fraction`, without progress, where the store stays away, or for an image that spoils it.
         """
         kept = Pass(self.max_bad_fraction, self.manifest.num_images, len(self.manifest.units))
         chosen = choose(self.folder.list())
@@ -162,7 +164,8 @@ class UnitPass(Generic[T]):
             for _ in range(MAX_ROUNDS):
                 if not missing:
                     break
-                failed.update(self._run_units(missing, kept))
+                with naming_the_image(self.whole or self.manifest):
+                    failed.update(self._run_units(missing, kept))
                 chosen = choose(self.folder.list())
                 absent = uncovered(chosen, kept.num_units).tolist()
                 missing = [unit for unit in absent if unit not in failed]

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable
 from types import TracebackType
 from typing import Any
 
@@ -21,24 +21,47 @@ REPORT_SECONDS = 1.0
 
 
 class Attempts:
-    """Attempts at a unit that never ended.
+    """Attempts at a piece of work, a unit or a chunk, that have begun and not ended.
 
-    A unit is begun before it is worked on and ended after; one that was begun n times more often than it ended has taken n
-    processes with it.
+    A piece is begun before it is worked on and ended after. An attempt that never ended has taken its process with it, or
+    its process went with its node: a node that is lost, or taken back by its cloud, says nothing against the piece.
+
+    Args:
+        alive: gives the ids of the nodes that are alive.
     """
 
-    def __init__(self) -> None:
-        self._attempts: dict[tuple[str, int], int] = {}
+    def __init__(self, alive: Callable[[], Collection[str]] | None = None) -> None:
+        self._alive = alive or nodes_alive
+        self._open: dict[tuple[str, Hashable], list[str]] = {}
 
-    def begin(self, stage: str, unit: int) -> int:
-        """Note an attempt. Returns how many earlier ones never ended."""
-        earlier = self._attempts.get((stage, unit), 0)
-        self._attempts[(stage, unit)] = earlier + 1
-        return earlier
+    def begin(self, stage: str, key: Hashable, node: str) -> int:
+        """Note an attempt. Returns the deaths: earlier attempts that never ended, on nodes that are still alive.
 
-    def end(self, stage: str, unit: int) -> None:
-        """The attempt ended, well or with an error."""
-        self._attempts.pop((stage, unit), None)
+        Args:
+            stage: decode or model.
+            key: of the piece; nothing else may be tried under it at the same time.
+            node: id of the node of the attempt.
+        """
+        earlier = self._open.setdefault((stage, key), [])
+        if earlier:
+            alive = self._alive()
+            earlier[:] = [one for one in earlier if one in alive]
+        deaths = len(earlier)
+        earlier.append(node)
+        return deaths
+
+    def end(self, stage: str, key: Hashable, node: str) -> None:
+        """One attempt on that node ended, well or with an error; the deaths of others stay on record."""
+        nodes = self._open.get((stage, key), [])
+        if node in nodes:
+            nodes.remove(node)
+        if not nodes:
+            self._open.pop((stage, key), None)
+
+
+def nodes_alive() -> set[str]:
+    """Ids of the cluster's nodes that are alive."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 class Ledger(Attempts):

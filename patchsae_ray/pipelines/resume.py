@@ -149,8 +149,8 @@ class ResumeFolder:
             return ""
         ours = json.loads(json.dumps(dict(self.identity), default=str))
         for name in ours:
-            if name in theirs and theirs[name] != ours[name]:
-                return f" ({name} {str(theirs[name])[:24]} there, {str(ours[name])[:24]} here)"
+            if theirs.get(name) != ours[name]:
+                return f" ({name} {str(theirs.get(name, 'not said'))[:24]} there, {str(ours[name])[:24]} here)"
         return ""
 
     def clear(self) -> None:

@@ -73,9 +73,18 @@ class ActiveLatents:
         """Mean of z over each image's tokens: [n, s] float32."""
         per_image = self.num_tokens // num_images
         cell = self.token.div(per_image, rounding_mode="floor") * num_latents + self.latent
-        sums = torch.zeros(num_images * num_latents, dtype=torch.float64, device=self.value.device)
-        sums.index_add_(0, cell, self.value.to(torch.float64))
+        sums = sums_by_cell(cell, self.value.to(torch.float64), num_images * num_latents)
         return (sums / per_image).to(torch.float32).view(num_images, num_latents)
+
+
+def sums_by_cell(cell: Tensor, value: Tensor, num_cells: int) -> Tensor:
+    """[num_cells]: the sum of values [m] in each cell [m] int64, added in their order, so that it is the same every time.
+
+    Sorted into runs, and a run added up: the atomics of a GPU's `index_add_` add reals in whatever order threads arrive.
+    """
+    order = torch.argsort(cell, stable=True)
+    lengths = torch.bincount(cell, minlength=num_cells)
+    return torch.segment_reduce(value[order], "sum", lengths=lengths, initial=0)
 
 
 def slices(num_latents: int, num_tokens: int, device: str = "cpu") -> Iterator[slice]:

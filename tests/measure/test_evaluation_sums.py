@@ -89,3 +89,18 @@ def test_loss_recovered_is_undefined_where_the_ablation_costs_nothing() -> None:
     assert loss_recovered(3.0, 4.0, 1.0) == pytest.approx(-0.5)
     for ablated in (1.0, 0.9):
         assert math.isnan(loss_recovered(ablated, 1.5, 1.0))
+
+
+def test_tokens_of_zeros_and_identical_ones() -> None:
+    x = torch.tensor([[3.0, 4.0]]).expand(4, 2, 2)
+    zeros = torch.cat([x, torch.zeros(4, 2, 2)])
+    nothing = ActiveLatents(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), 8)
+    found = {}
+    for name, tokens in (("same", x), ("zeros", zeros)):
+        metrics = TokenMetrics(1, 2, 3)
+        metrics.update(tokens, tokens + 1, nothing, torch.tensor([0, 0]))
+        found[name] = metrics.result(["patch"])["all"]
+    assert math.isnan(found["same"].explained_variance)
+    assert found["same"].mse == pytest.approx(2 / 5 / 2)
+    assert found["zeros"].mse == pytest.approx(found["same"].mse / 2)
+    assert found["zeros"].explained_variance_legacy == pytest.approx((1 - 2 / 25) / 2), "a token of zeros adds nothing"

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from patchsae_ray.sae import ops
 from patchsae_ray.sae.model import SparseAutoencoder, geometric_median, initialise, normalise_decoder
+from patchsae_ray.sae.ops import sums_by_cell
 
 
 def make_sae(d_in: int, d_sae: int, seed: int) -> SparseAutoencoder:
@@ -145,3 +146,13 @@ def test_normalise_decoder() -> None:
     sae.W_dec.mul_(3)
     normalise_decoder(sae)
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(20))
+
+
+def test_sums_by_cell_equal_the_definition_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cell = torch.randint(0, 40, (3000,), generator=generator)
+    cell[cell == 7] = 8  # an empty cell between others
+    value = torch.rand(3000, dtype=torch.float64, generator=generator)
+    wanted = [sum(value[cell == one].tolist(), 0.0) for one in range(45)]
+    assert sums_by_cell(cell, value, 45).tolist() == wanted
+    assert sums_by_cell(cell[:0], value[:0], 3).tolist() == [0, 0, 0]
