@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -139,6 +140,14 @@ def test_two_drivers_at_once_make_one_result(
     for index, job in enumerate(jobs):
         assert job.wait(300) == 0, (tmp_path / str(index) / "err").read_text()
     assert results(root) == undisturbed
+    images = [images_done((tmp_path / str(index) / "out").read_text()) for index in (0, 1)]
+    assert IMAGES <= sum(images) <= 1.15 * IMAGES, "they share the units"
+
+
+def images_done(out: str) -> int:
+    """Images that a driver has run itself, as it says at the end of its pass."""
+    found = re.search(r"extract: ([\d,]+) images in [\d,]+ units were done by this driver", out)
+    return int(found[1].replace(",", "")) if found else 0
 
 
 def test_on_s3_with_the_server_killed_in_mid_run(
