@@ -48,6 +48,8 @@ class Pass:
     max_bad_fraction: float
     num_images: int
     num_units: int = 0
+    bundles: str = ""
+    """URI of the folder of its bundles."""
     units_before: int = 0
     """Units that earlier runs had committed."""
     images_here: int = 0

@@ -72,7 +72,8 @@ class UnitPass(Generic[T]):
 
     def __post_init__(self) -> None:
         self.manifest = keep(self.manifest)
-        uri = storage.absolute(storage.join(self.session.folder.uri, "bundles", self.run_key))
+        name = f"{self.run_key}-{self.manifest.cut}" if self.manifest.cut else self.run_key
+        uri = storage.absolute(storage.join(self.session.folder.uri, "bundles", name))
         local = storage.is_local(uri)  # then the other machines, if there are any, see neither the manifest nor the bundles
         self._where = helpers(local)
         if local and several_machines():
@@ -87,7 +88,7 @@ class UnitPass(Generic[T]):
 
         Raises: UserError past `max_bad_fraction`, without progress, where the store stays away, or for an image that spoils it.
         """
-        kept = Pass(self.max_bad_fraction, self.manifest.num_images, len(self.manifest.units))
+        kept = Pass(self.max_bad_fraction, self.manifest.num_images, len(self.manifest.units), bundles=self.folder.uri)
         log.info("%s: %s images in %s units", self.what, f"{kept.num_images:,}", f"{kept.num_units:,}")
         failed: dict[int, str] = {}
         with Heartbeat(self.folder.uri) as heartbeat, naming_the_image(self.whole or self.manifest):

@@ -135,7 +135,7 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
             {**steering_metrics(summary), "wall_seconds": kept.wall_seconds(), "images_per_second": kept.images_per_second()},
             {"source": inputs.manifest.source, **kept.record()},
             tags=made_by,
-            spent=storage.join(uri, "bundles", bundle_key(session)),
+            spent=kept.bundles,
         )
 
     summary = run_once(settings, folders, work)
