@@ -133,29 +133,33 @@ class Claims:
         """Units that this driver may run, in the order to try them, and what others hold of the missing ones.
 
         Where others are at work it begins at a block of its own choice, so that few units are tried in vain.
+
+        Args:
+            missing: ascending.
         """
-        mine = [unit for unit in missing if not self._held(unit // self._size)]
-        held = [unit for unit in missing if self._held(unit // self._size)]
-        if mine and any(driver != self._driver for driver in self._peers.others()):
-            block = random.choice(sorted({unit // self._size for unit in mine}))
-            start = int(np.searchsorted(mine, block * self._size))
-            mine = mine[start:] + mine[:start]
-        owners = sorted({self._owner(unit // self._size) for unit in held})
-        return mine, Held(len(held), tuple(dict.fromkeys(self._peers.host(owner) for owner in owners)))
+        units = np.asarray(missing, dtype=np.int64)
+        blocks = units // self._size
+        held = np.isin(blocks, sorted(self._held()))
+        mine, at = units[~held], blocks[~held]
+        if len(mine) and any(driver != self._driver for driver in self._peers.others()):
+            start = int(np.searchsorted(at, random.choice(np.unique(at))))
+            mine = np.roll(mine, -start)
+        owners = sorted({self._owner(block) for block in np.unique(blocks[held]).tolist()})
+        hosts = tuple(dict.fromkeys(self._peers.host(owner) for owner in owners))
+        return mine.tolist(), Held(int(held.sum()), hosts)
 
     def desk(self) -> Desk:
         """For the process that claims blocks: what nobody holds, or a driver that has died."""
-        held = {block for block in self._turns if self._held(block)}
+        held = self._held()
         mine = {block for block in self._turns if self._owner(block) == self._driver}
-        turns = {block: turn + 1 for block, turn in self._turns.items() if block not in held | mine}
+        turns = {block: turn + 1 for block, turn in self._turns.items() if block not in held and block not in mine}
         return Desk(self._folder, self._driver, self._size, turns, held, mine)
 
     def _owner(self, block: int) -> str:
         return self._owners[(block, self._turns[block])]
 
-    def _held(self, block: int) -> bool:
-        """Whether a block is another driver's who lives."""
-        if block not in self._turns:
-            return False
-        owner = self._owner(block)
-        return owner != self._driver and self._peers.alive(owner)
+    def _held(self) -> set[int]:
+        """Blocks of other drivers who live."""
+        owners = {block: self._owner(block) for block in self._turns}
+        living = {owner for owner in set(owners.values()) if owner != self._driver and self._peers.alive(owner)}
+        return {block for block, owner in owners.items() if owner in living}

@@ -87,3 +87,52 @@ def test_a_unit_whose_processes_ray_ended_for_memory_is_not_given_up_but_the_mac
     )
     assert done.stdout.splitlines()[0] == "ended", done.stderr
     assert "unit 0: Ray ended 1 processes in 'model' because their machine's memory was nearly full" in done.stdout
+
+
+NODES = """
+import os, time
+import ray
+from ray.cluster_utils import Cluster
+from patchsae_ray.pipelines.decoding import Attempt
+from patchsae_ray.pipelines.progress import Ledger
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+ray.init(cluster.address, log_to_driver=False)
+ledger = ray.remote(num_cpus=0, concurrency_groups={"claims": 1})(Ledger).remote(1)
+
+@ray.remote(max_retries=0)
+def dies(node):
+    with Attempt(ledger, "model", 0, "unit 0"):
+        if node:
+            time.sleep(60)
+        os._exit(1)
+
+@ray.remote
+def deaths():
+    attempt = Attempt(ledger, "model", 0, "unit 0")
+    with attempt:
+        return attempt.deaths
+
+for _ in range(3):
+    spot = cluster.add_node(num_cpus=1, resources={"spot": 1})
+    task = dies.options(resources={"spot": 1}).remote(True)
+    while not ray.get(deaths.remote()):  # until it has begun
+        time.sleep(0.05)
+    cluster.remove_node(spot, allow_graceful=False)
+    try:
+        ray.get(task)
+    except ray.exceptions.RayError:
+        print(ray.get(deaths.remote()))
+try:
+    ray.get(dies.remote(False))
+except ray.exceptions.WorkerCrashedError:
+    print(ray.get(deaths.remote()))
+"""
+
+
+@pytest.mark.ray
+def test_a_unit_s_attempts_on_nodes_that_were_killed_are_no_deaths_of_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NODES], capture_output=True, text=True, check=False, timeout=250,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )  # fmt: skip
+    assert done.stdout.split() == ["0", "0", "0", "1"], done.stderr
