@@ -21,23 +21,28 @@ MODEL_LIBRARIES = ("torch", "open_clip")
 ALONE = """
 import sys
 from types import SimpleNamespace
+import numpy as np
 import ray
 from patchsae_ray.data.catalog import open_dataset
+from patchsae_ray.data.chunks import Chunk
+from patchsae_ray.pipelines.chunk_rows import DecodeChunk, row_of
 from patchsae_ray.pipelines.decoding import DecodeRow
 ray.get = lambda value: value
 ray.get_runtime_context = lambda: SimpleNamespace(get_node_id=lambda: "a node", get_worker_id=lambda: "a process")
 calls = {"begin": 0, "end": 0, "claim": True}
 ledger = SimpleNamespace(**{name: SimpleNamespace(remote=lambda *given, said=said: said) for name, said in calls.items()})
-(row,) = DecodeRow(open_dataset("few", sys.argv[1], None, None), 16, ledger)({"unit": 0})
-print(row["pixels"].shape, [name for name in sys.argv[2:] if name in sys.modules])
+images = open_dataset("few", sys.argv[1], None, None)
+(unit,) = DecodeRow(images, 16, ledger)({"unit": 0})
+chunk = DecodeChunk(images, 16, ledger, "a stream")(row_of(Chunk(0, 0, np.array([0, 2]))))
+print(unit["pixels"].shape, chunk["pixels"].shape, [name for name in sys.argv[2:] if name in sys.modules])
 """
 
 
-def test_a_unit_is_decoded_without_a_model_library(tmp_path: Path) -> None:
+def test_units_and_chunks_are_decoded_without_a_model_library(tmp_path: Path) -> None:
     make_folder(str(tmp_path / "images"), 3)
     command = [sys.executable, "-c", ALONE, str(tmp_path / "images"), *MODEL_LIBRARIES]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "(3, 16, 16, 3) []", done.stderr
+    assert done.stdout.strip() == "(3, 16, 16, 3) (2, 16, 16, 3) []", done.stderr
 
 
 @pytest.fixture
