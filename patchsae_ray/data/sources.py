@@ -323,7 +323,7 @@ def _tar_share(files: Sequence[storage.Entry], root: str, folder: str | None) ->
     summaries: list[TarSummary] = []
     for file in files:
         uri = storage.join(root, file.path)
-        scan = scan_tar(uri, file.size)
+        scan = scan_tar(uri)
         nothing = np.zeros(len(scan.names), np.int64)
         names, at, sizes = pa.array(scan.names, pa.binary()), np.array(scan.at, np.int64), np.array(scan.sizes, np.int64)
         parts += parts_of(rows_of([uri], nothing, names, at, sizes), folder)
