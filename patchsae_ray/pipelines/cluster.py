@@ -11,6 +11,7 @@ import ray.data  # configures its loggers on import, so before they are quietene
 
 from patchsae_ray.errors import UserError, first_line
 from patchsae_ray.settings import ModelSettings, PoolSettings
+from patchsae_ray.signals import handler_kept
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ def connect(address: str | None) -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     _probe(chosen)
     try:
-        ray.init(address=chosen, logging_level=logging.ERROR, log_to_driver=False, **options)
+        with handler_kept():
+            ray.init(address=chosen, logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"--ray_address {chosen}: no Ray cluster answers there ({first_line(error)})") from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
