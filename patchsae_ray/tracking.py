@@ -5,6 +5,7 @@ results folder while the server is away.
 """
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,12 +28,12 @@ OPEN_SECONDS = 8.0
 """How long a job waits at its start for a server."""
 OPEN_LOCAL_SECONDS = 300.0
 """And for a file of this machine, in which a first run makes MLflow's tables."""
-PATIENCE_SECONDS = 15.0
-"""How long a job waits at its end while nothing is logged."""
+PATIENCE_SECONDS = 30.0
+"""How long a job waits at its end while nothing is logged: of the result files, one at a time is copied."""
 AWAY_SECONDS = 3.0
 """The same for a server that did not answer before."""
-KILLED_SECONDS = 1.0
-"""The same after a signal: `ray job stop` leaves 3 s for everything."""
+KILLED_SECONDS = 1.5
+"""How long after a signal, whatever is logged: `ray job stop` leaves 3 s for everything."""
 
 
 class Tracker:
@@ -58,7 +59,11 @@ class Tracker:
         self._closing = threading.Lock()
         self._closed = False
         self._put(params=_texts(settings, 6000))
-        _wait_for(self._uploader, server)
+        try:
+            _wait_for(self._uploader, server)
+        except KeyboardInterrupt:
+            self.finish("KILLED")
+            raise
 
     @property
     def run_id(self) -> str | None:
@@ -89,8 +94,8 @@ class Tracker:
             if self._closed:
                 return
             self._closed = True
-            patience = KILLED_SECONDS if status == "KILLED" else _patience(self._uploader)
-            self._uploader.close(Entry(now(), status=status), patience)
+            most = KILLED_SECONDS if status == "KILLED" else math.inf
+            self._uploader.close(Entry(now(), status=status), _patience(self._uploader), most)
 
 
 @contextmanager

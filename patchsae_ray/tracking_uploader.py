@@ -1,13 +1,14 @@
 """Logging to MLflow on a thread of its own: a server that is slow or away costs the work nothing, and what waits is kept."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 
-from patchsae_ray.errors import StoreError, UserError
+from patchsae_ray.errors import StoreError, UserError, first_line
 from patchsae_ray.tracking_server import Refused, ServerAway, TrackingServer
 from patchsae_ray.tracking_spool import FLUSH_SECONDS, Entry, Place, Spool, now
 
@@ -64,28 +65,29 @@ class Uploader:
             self._spool.held += entries
         self._set_aside = True
 
-    def close(self, last: Entry | None, patience: float) -> None:
+    def close(self, last: Entry | None, patience: float, most: float = math.inf) -> None:
         """Wait until all is logged or in the spool.
 
         Args:
             last: the last entry.
             patience: seconds without anything logged after which the rest is put into the spool, whatever the server does.
+            most: seconds after which it is in any case.
         """
         self._closing = True
         if last is not None:
             self._waiting.put(last)
         self._waiting.put(None)
+        logged, deadline = -1, time.monotonic() + most
         try:
-            logged = -1
-            while logged != self._logged:
+            while logged != self._logged and time.monotonic() < deadline:
                 logged = self._logged
-                if self._ended.wait(patience):
-                    return
+                if self._ended.wait(min(patience, most)):
+                    break
         finally:  # an interrupt too
-            if not self._ended.is_set():
-                self._abandon()
+            self._abandon()
 
     def _abandon(self) -> None:
+        """Log nothing more, and put what is left into the spool."""
         self._abandoned.set()
         left = [*self._spool.held, *self._in_flight, *self._drained()]
         try:
@@ -107,11 +109,18 @@ class Uploader:
     def _run(self) -> None:
         try:
             self._attempt()
-        except UserError as error:
-            self.opened.set_exception(error)
+            self.opened.set_result(None)
+            self._go_on()
+        except Exception as error:
+            if not self.opened.done():
+                self.opened.set_exception(error)
+            else:  # a fault of ours, which must not end the work
+                log.warning("MLflow: %s: what is to be logged is kept in %s", first_line(error), self._place.uri)
+        finally:
             self._ended.set()
-            return
-        self.opened.set_result(None)
+
+    def _go_on(self) -> None:
+        """Log what comes until `close`."""
         last = False
         while not last and not self._abandoned.is_set():
             last = self._take()
@@ -127,7 +136,6 @@ class Uploader:
                 self._spool.flush(0.0 if last else FLUSH_SECONDS)
         if self._finished and not self._abandoned.is_set():
             self._forget()
-        self._ended.set()
 
     def _take(self) -> bool:
         """Wait for entries, and take many at once. Returns whether there will be no more."""
@@ -160,12 +168,13 @@ class Uploader:
             self.away, self._said_away, self._pause = False, False, RETRY_SECONDS
         except (ServerAway, StoreError) as error:
             self._now_away(str(error))
+        except Refused as error:
+            raise UserError(f"MLFLOW_TRACKING_URI {self._server.name}: cannot start a run ({error})") from error
 
     def _catch_up(self) -> None:
         """Find or open the run, and log what its spool holds."""
         self._set_aside = False
         pieces = self._place.pieces()
-        first, self._open = not self._open, True
         known = self._server.find(self.run_id) if self.run_id else None
         if known is None:
             self._new_run(pieces)
@@ -176,9 +185,19 @@ class Uploader:
             if self._abandoned.is_set():
                 return
             self._place.remove(piece)
-        if first and known is not None and self._resume and not self._closing:
-            self._server.reopen(str(self.run_id))
+        if not self._open and self._resume and not self._closing:
+            self._begin_again(known is not None)
+        self._open = True
         self._send(self._spool.held)
+
+    def _begin_again(self, opened_before: bool) -> None:
+        """The run of an earlier start is RUNNING once more; where the spool said that it had finished, this is another."""
+        if self._finished:
+            self._finished, self._params, self.run_id = False, frozenset(), None
+            self._place.forget()
+            self._new_run([])
+        elif opened_before:
+            self._server.reopen(str(self.run_id))
 
     def _new_run(self, pieces: list[str]) -> None:
         first = self._spool.read(pieces[0])[:1] if pieces else []

@@ -64,11 +64,14 @@ def client_of(uri: str) -> Any:
     return MlflowClient(uri)
 
 
-def only_run(uri: str) -> Any:
-    """The one run of the job."""
+def all_runs(uri: str) -> list[Any]:
     client = client_of(uri)
     number = client.get_experiment_by_name("patchsae_ray").experiment_id
-    (run,) = client.search_runs([number], filter_string="tags.job = 'train'")
+    return list(client.search_runs([number], filter_string="tags.job = 'train'"))
+
+
+def only_run(uri: str) -> Any:
+    (run,) = all_runs(uri)
     return run
 
 
@@ -240,6 +243,44 @@ def test_a_run_that_is_done_is_uploaded_by_its_next_start(
     assert found.info.status == "FINISHED"
     assert found.data.params == {"lr": "0.1"}
     assert not left_files(tmp_path)
+
+
+def test_a_finished_run_that_is_done_anew_is_another_run(store: str, begin: Start, tmp_path: Path) -> None:
+    first = begin(f"http://127.0.0.1:{free_ports(1)[0]}", lr=0.1)
+    first.finish("FINISHED")
+    second = begin(store, lr=0.2)
+    second.finish("KILLED")
+    params = {run.info.status: run.data.params for run in all_runs(store)}
+    assert params == {"FINISHED": {"lr": "0.1"}, "KILLED": {"lr": "0.2"}}
+    third = begin(store, lr=0.3)
+    assert third.run_id == second.run_id
+    third.finish("FINISHED")
+    assert not left_files(tmp_path)
+
+
+def test_an_experiment_that_was_deleted_is_the_users_to_restore(store: str, begin: Start) -> None:
+    begin(store).finish("FINISHED")
+    client = client_of(store)
+    client.delete_experiment(client.get_experiment_by_name("patchsae_ray").experiment_id)
+    with pytest.raises(UserError, match=r"cannot start a run .*must be in the 'active' state"):
+        begin(store)
+
+
+def test_a_fault_of_ours_ends_nothing_and_loses_nothing(
+    store: str, begin: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = begin(store)
+
+    def fail(*given: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("patchsae_ray.tracking_server.TrackingServer.log", fail)
+        for step in range(10):
+            run.metrics({"loss": 1.0}, step)
+            wait_for(lambda: "a fault of ours" in caplog.text)
+        run.finish("KILLED")
+    assert sorted(entry.step for entry in kept(tmp_path) if entry.metrics) == list(range(10))
 
 
 def test_uploading_twice_changes_nothing(store: str, begin: Start, tmp_path: Path) -> None:
