@@ -20,7 +20,7 @@ from patchsae_ray.pipelines.compare_runs import ModelRun, images_of, read_runs
 from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, run_key
 from patchsae_ray.pipelines.tables import parquet_bytes
 from patchsae_ray.settings import CompareSettings, as_dict
-from patchsae_ray.tracking import tracked
+from patchsae_ray.tracking import tracked, upload_left
 from patchsae_ray.writing import check_writable
 
 log = logging.getLogger(__name__)
@@ -62,17 +62,18 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
     folder = ResultFolder(uri, "compare", identity, dict.fromkeys(FILES, run_key(identity)), elsewhere="")
     if folder.done():
         log.info("compare: done already, nothing to do; results in %s", uri)
+        upload_left(settings.root_dir, "compare", uri, folder.key)
         return dict(folder.record()["summary"])
     folder.check(settings.overwrite)
     check_writable(settings.root_dir)
-    with tracked(settings.root_dir, "compare", as_dict(settings)) as tracker:
+    with tracked(settings.root_dir, "compare", as_dict(settings), uri, folder.key) as tracker:
         tracker.tags({**identity, "run_key": folder.key, "results": uri})
         found = compare_runs(base, adapted, settings)
         for name, data in _files(found, settings).items():
             folder.write(name, data)
         folder.commit({"settings": as_dict(settings), "mlflow_run": tracker.run_id, "summary": found.summary})
         tracker.metrics(_metrics(found.summary))
-        tracker.files(uri, [*FILES, RUN_FILE])
+        tracker.files([*FILES, RUN_FILE])
     log.info("compare: %s", found.summary["finding"])
     log.info("compare: results in %s", uri)
     return found.summary
