@@ -17,7 +17,7 @@ from patchsae_ray.data.catalog import find_entry, open_dataset
 from patchsae_ray.data.kept import keep
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
-from patchsae_ray.measure.evaluation import EvaluationTotals
+from patchsae_ray.measure.evaluation import PARTIALS, EvaluationTotals
 from patchsae_ray.measure.evaluator import MeanTotals
 from patchsae_ray.measure.recovered import conditions_of
 from patchsae_ray.pipelines import cluster
@@ -121,7 +121,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
             summary,
             {**evaluation_metrics(rows), "images_per_second": kept.images_per_second()},
             kept.record(),
-            spent=storage.join(uri, "bundles", session.folder.key),
+            spent=storage.join(uri, "bundles", run.key),
         )
 
     summary = run_once(settings, folders, work)
@@ -143,6 +143,7 @@ class _Run:
             self._read, self.chosen = narrowed(manifest, sample_positions(manifest.num_images, wanted, settings.seed))
         self._model = inputs.model.portable(session.plan.precision)
         self.means_key = run_key({**session.folder.identity, "pass": "means"})
+        self.key = run_key({**session.folder.identity, "partials": PARTIALS})
         log.info("evaluate: %s of %s images of %s", f"{wanted:,}", f"{manifest.num_images:,}", manifest.source)
 
     def measure(self) -> tuple[EvaluationTotals, Pass]:
@@ -153,7 +154,7 @@ class _Run:
         settings = self._settings
         head = self._head() if self._inputs.classified else None
         task = EvaluateTask(self._model, self.chosen, settings.tokens, settings.batch_size, head)
-        return self._pass("evaluate", task, EvaluationTotals, self._session.folder.key)
+        return self._pass("evaluate", task, EvaluationTotals, self.key)
 
     def _head(self) -> HeadArrays:
         settings, model, plan = self._settings, self._inputs.model, self._session.plan
