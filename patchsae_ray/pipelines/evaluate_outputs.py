@@ -165,6 +165,8 @@ def _number(value: float | None) -> str:
 
 
 def _range(classification: Mapping[str, Any], condition: str) -> str:
-    """The interval of top-1 in percent, empty where there is none."""
+    """The interval of top-1 in percent; empty where there is none, and of a run that was finished before there were any."""
+    if "intervals" not in classification:
+        return ""
     low, high = classification["intervals"]["top1"][condition]
     return "" if low is None else f" ({100 * low:.2f} to {100 * high:.2f})"
