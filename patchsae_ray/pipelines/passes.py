@@ -29,6 +29,7 @@ from patchsae_ray.pipelines.bundles import (
     uncovered,
 )
 from patchsae_ray.pipelines.cluster import several_machines
+from patchsae_ray.pipelines.devices import warn_of_several
 from patchsae_ray.pipelines.merging import Receipt, combine, merged_contents, naming_the_image
 from patchsae_ray.pipelines.progress import ProgressLines, duration, on_this_machine, start_ledger
 from patchsae_ray.pipelines.runner import Session
@@ -86,6 +87,7 @@ class Pass:
             "num_units": self.num_units,
             "units_by_earlier_runs": self.units_before,
             "bad_images": len(self.bad),
+            "devices": self.notes.devices,
             "seconds": {stage: round(value, 3) for stage, value in self.seconds().items()},
             "wall_seconds": round(self.wall_seconds(), 3),
             "peak_memory_bytes": {"actor": self.notes.peak_bytes, "driver": peak_bytes()},
@@ -178,6 +180,7 @@ class UnitPass(Generic[T]):
             self._heartbeat.stop()
         self._check_once(kept, failed)
         kept.check()
+        warn_of_several(self.what, kept.notes.devices)
         return totals, kept
 
     def _check_once(self, kept: Pass, failed: dict[int, str]) -> None:
