@@ -42,6 +42,8 @@ class Notes:
     """Peak resident memory of the actors so far."""
     failed: str = ""
     """Why the unit was given up; such a unit is in no bundle."""
+    devices: list[str] = field(default_factory=list)
+    """Models of device that computed it, by name; empty where it was made before they were on record."""
 
     def add(self, other: "Notes") -> None:
         """Take in another's units."""
@@ -49,6 +51,7 @@ class Notes:
         self.images += other.images
         self.bad = sorted([*self.bad, *other.bad])
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+        self.devices = sorted({*self.devices, *other.devices})
         for stage, seconds in other.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 

@@ -17,7 +17,7 @@ from patchsae_ray.data.catalog import find_entry, open_dataset
 from patchsae_ray.data.kept import keep
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
-from patchsae_ray.measure.evaluation import EvaluationTotals
+from patchsae_ray.measure.evaluation import PARTIALS, EvaluationTotals
 from patchsae_ray.measure.evaluator import MeanTotals
 from patchsae_ray.measure.recovered import conditions_of
 from patchsae_ray.pipelines import cluster
@@ -143,6 +143,7 @@ class _Run:
             self._read, self.chosen = narrowed(manifest, sample_positions(manifest.num_images, wanted, settings.seed))
         self._model = inputs.model.portable(session.plan.precision)
         self._means_key = run_key({**session.folder.identity, "pass": "means"})
+        self._key = run_key({**session.folder.identity, "partials": PARTIALS})
         self.spent: list[str] = []
         """Folders of the first pass's bundles."""
         log.info("evaluate: %s of %s images of %s", f"{wanted:,}", f"{manifest.num_images:,}", manifest.source)
@@ -155,7 +156,7 @@ class _Run:
         settings = self._settings
         head = self._head() if self._inputs.classified else None
         task = EvaluateTask(self._model, self.chosen, settings.tokens, settings.batch_size, head)
-        return self._pass("evaluate", task, EvaluationTotals, self._session.folder.key)
+        return self._pass("evaluate", task, EvaluationTotals, self._key)
 
     def _head(self) -> HeadArrays:
         settings, model, plan = self._settings, self._inputs.model, self._session.plan

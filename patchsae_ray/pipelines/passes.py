@@ -20,6 +20,7 @@ from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines.bundles import BadRows, Bundle, BundleFolder, Notes, choose, uncovered
 from patchsae_ray.pipelines.claims import Claims, Held
 from patchsae_ray.pipelines.cluster import several_machines
+from patchsae_ray.pipelines.devices import warn_of_several
 from patchsae_ray.pipelines.heartbeat import Heartbeat, Peers
 from patchsae_ray.pipelines.kept import Pass
 from patchsae_ray.pipelines.merging import helpers, merged_contents, naming_the_image
@@ -97,6 +98,7 @@ class UnitPass(Generic[T]):
             totals = self._merge(chosen, kept)
         self._check_once(kept, failed)
         kept.check()
+        warn_of_several(self.what, kept.notes.devices)
         if kept.num_units > kept.units_before:
             here, others = int(kept.own.sum()), kept.num_units - kept.units_before - len(failed) - int(kept.own.sum())
             log.info(

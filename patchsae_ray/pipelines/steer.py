@@ -10,7 +10,8 @@ import ray
 from patchsae_ray import storage
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.rankings import Ranking, parse_rankings
-from patchsae_ray.measure.steering import PARTIALS, SteeringSettings, SteeringTotals
+from patchsae_ray.measure.steering import SteeringSettings
+from patchsae_ray.measure.steering_totals import PARTIALS, SteeringTotals
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.counts import read_counts
 from patchsae_ray.pipelines.model import Inputs, read_inputs
