@@ -11,6 +11,7 @@ import json
 import logging
 import posixpath
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from patchsae_ray.data.making import Making, TaskRunner, kept_part, write_named
 from patchsae_ray.data.manifest import Keeping, Manifest, Reading
 from patchsae_ray.data.sources import Listing, Source, list_source, manifest_of
 from patchsae_ray.data.tables import Part, UnitTable
-from patchsae_ray.errors import UserError
+from patchsae_ray.errors import NotFound, UserError
 from patchsae_ray.writing import write_bytes
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,26 @@ def _keep(manifest: Manifest, keeping: Keeping) -> Manifest:
         note = json.dumps({**keeping.content, "manifest": name}, indent=1) + "\n"
         write_bytes(storage.join(keeping.folder, keeping.note), note.encode())
     return replace(manifest, units=units, keeping=None)
+
+
+def wanted_files(folder: str, notes: Iterable[str]) -> set[str]:
+    """The files of a folder of manifests that its notes lead to, relative to it.
+
+    Raises: UserError where a note or a manifest is damaged, so that it cannot be told.
+    """
+    wanted: set[str] = set()
+    for note in notes:
+        try:
+            name = str(json.loads(storage.read_bytes(storage.join(folder, note)))["manifest"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{storage.join(folder, note)} is damaged; --relist would make it again") from error
+        try:
+            units = _load(storage.join(folder, name)).units
+        except NotFound:
+            continue
+        uris = [*(part.uri for part in units.parts), str(units.label_source)]
+        wanted |= {note, name, *(f"parts/{posixpath.basename(uri)}" for uri in uris)}
+    return wanted
 
 
 def _sign(source: Source, listing: Listing, started: float) -> Sign | None:
