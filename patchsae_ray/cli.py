@@ -6,11 +6,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from patchsae_ray import signals
-from patchsae_ray.errors import user_error
+from patchsae_ray.errors import UserError, user_error
 from patchsae_ray.parsing import Defaults, parse
 from patchsae_ray.redaction import redacted
 from patchsae_ray.settings import FolderSettings
@@ -47,7 +48,9 @@ def run_job(
     sys.excepthook = _print_exception
     with signals.sigterm_interrupts():
         try:
-            run(parse(settings_class, arguments, defaults))
+            settings = parse(settings_class, arguments, defaults)
+            _refuse_temporary_root(settings.root_dir)
+            run(settings)
         except KeyboardInterrupt:
             return _interrupted(signals.terminated())
         except SystemExit as ended:
@@ -63,6 +66,19 @@ def run_job(
             sys.stderr.write(f"error: {known}\n")
             return 2
     return 0
+
+
+def _refuse_temporary_root(root_dir: str) -> None:
+    """A job that was submitted to a cluster runs in a folder that the cluster removes, and another machine's disk holds it.
+
+    Raises: UserError where the results would go there.
+    """
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # so is it named; `ray job submit` sets it
+    if submitted and "://" not in root_dir and not Path(root_dir).is_absolute():
+        raise UserError(
+            f"--root_dir {root_dir}: a submitted job's own folder is temporary; a URI, or the full path of a folder that "
+            "all machines share, would be right"
+        )
 
 
 def _interrupted(by_sigterm: bool) -> int:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,7 @@ from patchsae_ray.data.units import read_image
 from patchsae_ray.measure.latents import LatentResult
 from patchsae_ray.measure.masking import MaskingCurve
 from patchsae_ray.measure.rankings import Ranking
+from patchsae_ray.storage import patiently
 
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
@@ -79,7 +81,7 @@ def thumbnails(manifest: Manifest, positions: set[int]) -> dict[int, np.ndarray]
     found: dict[int, np.ndarray] = {}
     for position in sorted(positions):
         try:
-            found[position] = read_image(manifest, position).decode(_THUMBNAIL)
+            found[position] = patiently(partial(read_image, manifest, position)).decode(_THUMBNAIL)
         except BadImage:
             continue
     return found

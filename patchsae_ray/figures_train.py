@@ -4,30 +4,36 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from patchsae_ray.data.mixed import OrderMixing
 from patchsae_ray.figures import png
 from patchsae_ray.sae.window import LOG_DENSITY_EDGES
 
 
-def mixing_figure(mixed: float, ideal: float, whole: float, batch_tokens: int) -> bytes:
-    """Distinct images in a batch, as bars.
+def mixing_figure(mixing: OrderMixing, batch_tokens: int) -> bytes:
+    """Distinct images, and classes where there are any, of a batch and of successive ones, beside a random draw's, as bars.
 
     Args:
-        mixed: by the run's own order.
-        ideal: were the tokens drawn at random from the whole data set.
-        whole: were they those of whole images.
+        mixing: of the run's order.
         batch_tokens: tokens a batch.
     """
-    names = ["this run's batches", "tokens drawn at random\nfrom the whole data set", "whole images"]
-    values = [mixed, ideal, whole]
-    figure = Figure(figsize=(6.4, 2.4), dpi=110)
-    axes = figure.subplots()
-    bars = axes.barh(names, values, color=["#2166ac", "#999999", "#b2182b"], height=0.6)
-    axes.bar_label(bars, labels=[f"{value:,.0f}" for value in values], padding=4)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(values))
-    axes.set_xlabel("distinct images")
-    axes.set_title(f"Images that a batch of {batch_tokens:,} tokens comes from", loc="left")
-    figure.tight_layout()
+    pairs = {"a batch": (mixing.batch, mixing.batch_at_random)}
+    pairs[f"{mixing.window_steps} batches"] = (mixing.window, mixing.window_at_random)
+    panels = {"images": [[one.images for one in pair] for pair in pairs.values()]}
+    classes = [[one.classes or 0.0 for one in pair] for pair in pairs.values()]
+    if mixing.batch.classes is not None:
+        panels["classes"] = classes
+    figure = Figure(figsize=(4.2 * len(panels) + 1.6, 2.6), dpi=110, layout="constrained")
+    for axes, (what, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for shift, (name, color) in enumerate({"this run": "#2166ac", "tokens drawn at random": "#999999"}.items()):
+            column = [pair[shift] for pair in values]
+            bars = axes.barh([row + 0.38 * shift for row in range(len(pairs))], column, height=0.36, color=color, label=name)
+            axes.bar_label(bars, labels=[f"{value:,.0f}" for value in column], padding=4)
+        axes.set_yticks([row + 0.19 for row in range(len(pairs))], list(pairs))
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.25 * max(value for pair in values for value in pair))
+        axes.set_xlabel(f"distinct {what}")
+    figure.suptitle(f"What batches of {batch_tokens:,} tokens are made of", x=0.01, ha="left", fontsize=11)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False, fontsize=8)
     return png(figure)
 
 

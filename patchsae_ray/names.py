@@ -1,5 +1,6 @@
-"""The choices by name that settings and the rooms behind them share."""
+"""Names that settings and the rooms behind them share: the choices, and paths as people write them."""
 
+import os
 import pkgutil
 from pathlib import Path
 from typing import Literal
@@ -23,3 +24,8 @@ Schedules = Literal[
     "cosineannealingwarmup",
     "cosineannealingwarmrestarts",
 ]
+
+
+def expanded(path: str) -> str:
+    """A path or URI with `~` at its beginning and `$NAME` or `${NAME}` anywhere replaced; an unknown name stays as it is."""
+    return os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111 - pathlib would rewrite s3:// to s3:/

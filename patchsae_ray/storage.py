@@ -1,31 +1,31 @@
 """Files under any URI: a local path, s3://, hf://, whatever fsspec opens."""
 
 import hashlib
-import logging
+import io
 import os
 import posixpath
-import random
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Literal, cast
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from patchsae_ray.errors import StoreError, UserError, first_line
+from patchsae_ray.errors import NotFound, StoreError, UserError, first_line
+from patchsae_ray.faults import patiently as patiently
+from patchsae_ray.faults import reaching, s3_code
+from patchsae_ray.names import expanded
 
-log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-PATIENCE_SECONDS = 300.0
-"""How long a worker goes on trying a store that does not answer."""
 LISTING_THREADS = 32
 READING_THREADS = 16
+CONNECTIONS = 64
+"""Open connections of a process to an S3 store: so many reads are in flight at once."""
+READAHEAD_BYTES = 4 * 2**20
+"""How far a file that is read in order is fetched ahead; s3fs's own 50 MiB are more than most units are long."""
+Cache = Literal["readahead", "none"]
+"""Of an open remote file: fetched ahead for reading in order, or just what each read asks for."""
 
 
 @dataclass(frozen=True)
@@ -51,50 +51,34 @@ def is_local(uri: str) -> bool:
 
 
 def filesystem_of(uri: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it) of a URI.
+
+    Raises: UserError where there is no client for it.
+    """
     try:
-        return url_to_fs(uri)
+        return url_to_fs(uri, **_options(uri))
     except Exception as error:
         raise UserError(f"cannot open {uri}: {first_line(error)}") from error
 
 
-@contextmanager
-def reaching(uri: str) -> Iterator[None]:
-    """Whatever a file system raises (each client has types of its own) → one line that names the URI."""
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"no such {'bucket' if 'bucket does not exist' in str(error) else 'file'}: {uri}") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{uri} is a folder, not a file") from error
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"cannot write {uri}: a file is where a folder should be") from error
-    except PermissionError as error:
-        raise UserError(f"no permission for {uri}: {first_line(error)}") from error
-    except Exception as error:
-        raise StoreError(f"cannot reach {uri}: {first_line(error)}") from error
+def _options(uri: str) -> dict[str, Any]:
+    """s3fs remembers no listings, which others change, and keeps enough connections open; the user's fsspec settings stay."""
+    if not uri.startswith(("s3://", "s3a://")):
+        return {}
+    given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+    return {"use_listings_cache": False, "config_kwargs": {"max_pool_connections": CONNECTIONS, **given}}
 
 
-def patiently(work: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:
-    """Do `work`; where the store does not answer, try again with growing pauses.
-
-    Raises: StoreError once `seconds` have passed; any other error at once.
-    """
-    deadline, pause = time.monotonic() + seconds, 0.5
-    while True:
-        try:
-            return work()
-        except StoreError as error:
-            if time.monotonic() + pause > deadline:
-                raise
-            log.warning("%s; trying again in %.1f s", error, pause)
-        time.sleep(pause * random.uniform(0.5, 1.5))
-        pause = min(2 * pause, 15.0)
+def _fresh(uri: str) -> tuple[Any, str]:
+    """`filesystem_of`, with the listings forgotten that a client remembers: others may have written since."""
+    filesystem, path = filesystem_of(uri)
+    filesystem.invalidate_cache()
+    return filesystem, path
 
 
 def absolute(uri: str) -> str:
-    """A local path made absolute, so that it means the same in every process; a URI as it is."""
+    """A local path expanded and made absolute, so that it means the same in every process; a URI expanded."""
+    uri = expanded(uri)
     return uri if "://" in uri else os.path.abspath(uri)  # noqa: PTH100 - Path.resolve would follow links
 
 
@@ -103,11 +87,10 @@ def info(uri: str) -> dict[str, Any] | None:
 
     Not by the file system's `exists` and `isdir`: on S3 those say no where the truth is that access is denied.
 
-    Raises: UserError where access is denied, StoreError where the store cannot be reached.
+    Raises: AccessError where access is denied, StoreError where the store cannot be reached.
     """
-    filesystem, path = filesystem_of(uri)
+    filesystem, path = _fresh(uri)
     with reaching(uri):
-        filesystem.invalidate_cache()  # object-store clients remember listings, and others may have written since
         try:
             found: dict[str, Any] = filesystem.info(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -118,7 +101,7 @@ def info(uri: str) -> dict[str, Any] | None:
 def exists(uri: str) -> bool:
     """Whether a file or folder is there now.
 
-    Raises: UserError where access is denied, StoreError where the store cannot be reached.
+    Raises: AccessError where access is denied, StoreError where the store cannot be reached.
     """
     return info(uri) is not None
 
@@ -135,55 +118,163 @@ def is_directory(uri: str) -> bool:
 def size(uri: str) -> int:
     """Bytes of a file.
 
-    Raises: UserError where there is no such file.
+    Raises: NotFound where there is no such file; else as `exists`.
     """
-    filesystem, path = filesystem_of(uri)
+    filesystem, path = _fresh(uri)
     with reaching(uri):
         return int(filesystem.size(path))
 
 
-def open_read(uri: str) -> IO[bytes]:
-    """Open for reading.
+class _Opened(io.RawIOBase):
+    """An open file whose own calls raise what `reaching` makes of an error, so that what a parser of its content raises
+    is the content's fault."""
 
-    Raises: UserError where there is no such file or it may not be read.
+    def __init__(self, file: IO[bytes], uri: str) -> None:
+        self._file, self._uri = file, uri
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        with reaching(self._uri):
+            return self._file.read(-1 if size is None else size)
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with reaching(self._uri):
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_read(uri: str, cache: Cache = "readahead") -> IO[bytes]:
+    """Open for reading; the file's own calls raise the same errors, so that none of a parser's is taken for the store's.
+
+    Args:
+        uri: the file.
+        cache: where the file is remote, "readahead" to read it in order: nothing is fetched twice, and at most
+            `READAHEAD_BYTES` more than is read; "none" to read parts of it, each with one request of its own.
+
+    Raises: NotFound where there is no such file, AccessError where it may not be read, StoreError where the store cannot be
+        reached.
     """
+    filesystem, path = _fresh(uri)
+    options = {} if is_local(uri) else {"block_size": READAHEAD_BYTES, "cache_type": cache}
     with reaching(uri):
-        if not is_local(uri):
-            filesystem_of(uri)[0].invalidate_cache()  # an old listing would hide a new file
-        opened: IO[bytes] = fsspec.open(uri, "rb").open()
-        return opened
+        return cast(IO[bytes], _Opened(filesystem.open(path, "rb", **options), uri))
 
 
 def read_bytes(uri: str) -> bytes:
-    """A whole file.
+    """A whole file; on S3 one GET.
 
-    Raises: UserError as `open_read`.
+    Raises: as `open_read`.
     """
-    with open_read(uri) as file, reaching(uri):
-        return file.read()
+    found = _fetch([(uri, None, None)])[0]
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
-def read_many(uris: Sequence[str]) -> list[bytes | UserError]:
-    """Whole files, several at once where they are remote; for each its bytes, or the error that says why not.
+def read_many(uris: Sequence[str]) -> list[bytes | NotFound]:
+    """Whole files, several at once; for each its bytes, or the error that says that it is not there.
 
-    Raises: StoreError where the store cannot be reached.
+    On S3 each file is one GET.
+
+    Raises: StoreError where the store cannot be reached, AccessError where it refuses the credentials.
     """
-    if not uris or is_local(uris[0]):
-        return [_read_or_error(uri) for uri in uris]
-    with ThreadPoolExecutor(READING_THREADS) as pool:
-        return list(pool.map(_read_or_error, uris))
+    contents: list[bytes | NotFound] = []
+    for found in _fetch([(uri, None, None) for uri in uris]):
+        if isinstance(found, UserError) and not isinstance(found, NotFound):
+            raise found
+        contents.append(found)
+    return contents
 
 
-def _read_or_error(uri: str) -> bytes | UserError:
-    filesystem, path = filesystem_of(uri)
+def read_ranges(wanted: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """Byte ranges of one or of many files, several at once; on S3 each is one GET of just these bytes.
+
+    Args:
+        wanted: (file, first byte, byte after the last) of each range, 0 <= first <= last.
+
+    Returns: the ranges' bytes, in their order.
+
+    Raises: NotFound where a file is not there, UserError where it ends before its range does, StoreError where the store
+        cannot be reached, AccessError where it refuses the credentials.
+    """
+    contents: list[bytes] = []
+    for (uri, begin, end), found in zip(wanted, _fetch(wanted), strict=True):
+        if isinstance(found, UserError):
+            raise found
+        if len(found) != end - begin:
+            raise UserError(f"{uri} is cut short: {len(found)} bytes from {begin} on, expected {end - begin}")
+        contents.append(found)
+    return contents
+
+
+def _fetch(wanted: Sequence[tuple[str, int | None, int | None]]) -> list[bytes | UserError]:
+    """For each range of a file, or whole file where the bounds are None: its bytes, or the error.
+
+    Raises: StoreError where one of them could not be fetched though it may be there.
+    """
+    results: list[bytes | UserError] = [b""] * len(wanted)
+    by_filesystem: dict[int, tuple[Any, list[tuple[int, str]]]] = {}
+    for index, (uri, begin, end) in enumerate(wanted):
+        if end is None or end != begin:
+            filesystem, path = filesystem_of(uri)
+            by_filesystem.setdefault(id(filesystem), (filesystem, []))[1].append((index, path))
+    for filesystem, places in by_filesystem.values():
+        bounds = [wanted[index][1:] for index, _ in places]
+        for (index, _), found in zip(places, _cat_ranges(filesystem, [path for _, path in places], bounds), strict=True):
+            results[index] = found if isinstance(found, bytes) else _said_of(wanted[index][0], found)
+    for failed in results:
+        if isinstance(failed, StoreError):
+            raise failed
+    return results
+
+
+def _cat_ranges(filesystem: Any, paths: list[str], bounds: list[tuple[int | None, int | None]]) -> list[bytes | Exception]:
+    """fsspec's `cat_ranges`, which only asynchronous clients do several at a time; the others, threads."""
+    begins, ends = ([bound[side] for bound in bounds] for side in (0, 1))
+    if filesystem.async_impl:
+        options = {"max_concurrency": 1} if "s3" in filesystem.protocol else {}  # else s3fs asks for each size first
+        found: list[bytes | Exception] = filesystem.cat_ranges(paths, begins, ends, on_error="return", **options)
+        return found
+
+    def read(path: str, begin: int | None, end: int | None) -> bytes | Exception:
+        try:
+            content: bytes = filesystem.cat_file(path, start=begin, end=end)
+        except Exception as error:
+            return error
+        return content
+
+    with ThreadPoolExecutor(min(READING_THREADS, len(paths))) as pool:
+        return list(pool.map(read, paths, begins, ends))
+
+
+def _said_of(uri: str, error: Exception) -> UserError:
+    """The error of one of several reads as `reaching` puts it; a range that begins after the end is a file cut short.
+
+    Raises: MemoryError, which is not the store's.
+    """
+    if s3_code(error) in ("InvalidRange", "416"):
+        return UserError(f"{uri} is cut short: nothing is left at the range's first byte")
     try:
         with reaching(uri):
-            content: bytes = filesystem.cat_file(path)
-        return content
-    except StoreError:
-        raise
-    except UserError as error:
-        return error
+            raise error
+    except UserError as said:
+        return said
 
 
 def read_text(uri: str) -> str:
@@ -200,12 +291,11 @@ def read_text(uri: str) -> str:
 def entries(uri: str) -> list[Entry]:
     """All files under a folder, sorted by path; empty where there is no such folder. Sub-folders are listed in parallel.
 
-    Raises: UserError where access is denied, StoreError where the store cannot be reached.
+    Raises: AccessError where access is denied, StoreError where the store cannot be reached.
     """
-    filesystem, root = filesystem_of(uri)
+    filesystem, root = _fresh(uri)
     root = root.rstrip("/")
     with reaching(uri):
-        filesystem.invalidate_cache()
         try:
             here = filesystem.ls(root, detail=True)
         except FileNotFoundError:
@@ -252,9 +342,9 @@ def list_files(uri: str) -> list[Entry]:
 def glob_files(pattern: str) -> tuple[str, list[Entry]]:
     """(folder before the first `*`, files as `list_files` gives them) of a pattern.
 
-    Raises: UserError where access is denied, StoreError where the store cannot be reached.
+    Raises: AccessError where access is denied, StoreError where the store cannot be reached.
     """
-    filesystem, full = filesystem_of(pattern)
+    filesystem, full = _fresh(pattern)
     with reaching(pattern):
         found = filesystem.glob(full, detail=True)
     root = posixpath.dirname(full.split("*")[0])
@@ -265,9 +355,9 @@ def glob_files(pattern: str) -> tuple[str, list[Entry]]:
 def modified(uri: str) -> float:
     """When a file was last written, in seconds since 1970, by the store's clock.
 
-    Raises: UserError where there is no such file.
+    Raises: NotFound where there is no such file; else as `exists`.
     """
-    filesystem, path = filesystem_of(uri)
+    filesystem, path = _fresh(uri)
     with reaching(uri):
         return float(filesystem.modified(path).timestamp())
 

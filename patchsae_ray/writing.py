@@ -1,48 +1,85 @@
 """Writing under any URI: whole files or nothing, commit once, update together with others."""
 
-import fcntl
+import errno
+import logging
 import os
+import posixpath
 import random
+import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from patchsae_ray.errors import StoreError, UserError
-from patchsae_ray.storage import entries, filesystem_of, info, is_local, join, reaching, read_bytes
+from filelock import FileLock
+
+from patchsae_ray.errors import NotFound, StoreError, UserError
+from patchsae_ray.faults import of_code, reaching, s3_code
+from patchsae_ray.storage import READING_THREADS, entries, filesystem_of, info, is_local, join, read_bytes
+
+log = logging.getLogger(__name__)
 
 TEMPORARY_PREFIX = ".writing-"
 """Of local files that are not whole yet; a killed job leaves them, `--clean` removes them."""
+_LOCK_SECONDS = 60.0
+_TRIES = 20
 
 
 def check_writable(folder: str) -> None:
-    """See that a folder can be written, or made; nothing is made yet. Of an object store: that it answers, and has the bucket.
+    """See that whole files can be made, and never replaced, under a folder; what is tried with is removed again.
 
-    Raises: UserError where it cannot.
+    The folder itself is not made. On an object store a small object is made under it and removed, so that an identity needs no
+    rights but those to list, put, get and delete below `folder`. Where new files are not safe from other writers, a line
+    says so.
+
+    Raises: UserError where it cannot be written; NotFound where there is no such bucket; AccessError where the store refuses
+        the credentials; StoreError where it does not answer.
     """
     if not folder:
         raise UserError("--root_dir is empty; a folder or URI is needed")
     if not is_local(folder):
-        filesystem, path = filesystem_of(folder)
-        bucket = path.lstrip("/").split("/")[0]
-        with reaching(folder):
-            filesystem.invalidate_cache()
-            if "s3" in filesystem.protocol and bucket:
-                filesystem.ls(bucket, detail=False)
+        _probe_store(folder)
         return
     nearest = Path(folder.removeprefix("file://")).absolute()
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--root_dir {folder}: {nearest} is no folder that can be written")
+    with reaching(str(nearest)), _temporary(nearest / "probe", b"") as temporary:
+        linked = temporary.with_suffix(".link")
+        if _link(temporary, linked):
+            linked.unlink()
+        else:
+            log.warning(
+                "%s has no hard links: new files are made under a lock, which two machines share only where the file system "
+                "passes flock on (SMB does, gcsfuse does not)",
+                nearest,
+            )
+
+
+def _probe_store(folder: str) -> None:
+    filesystem, path = filesystem_of(join(folder, f"{TEMPORARY_PREFIX}probe-{secrets.token_hex(8)}"))
+    is_s3 = "s3" in filesystem.protocol
+    with reaching(folder):
+        if is_s3:  # a put alone would make the bucket on some servers
+            bucket, key, _ = filesystem.split_path(path)
+            prefix = posixpath.dirname(key)
+            filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix and f"{prefix}/", MaxKeys=1)
+        _put(filesystem, path, b"1", mode="create")
+        if is_s3 and _put(filesystem, path, b"2", mode="create"):
+            log.warning("%s: this store ignores conditional writes (If-None-Match): run one job at a time on it", folder)
+        filesystem.rm_file(path)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a whole file or nothing: a reader sees the old content or the new, never a part.
 
     Local files go through a temporary file and a rename; a put to an object store is atomic by itself.
+
+    Raises: as `reaching`.
     """
     filesystem, path = filesystem_of(uri)
     with reaching(uri):
@@ -56,34 +93,43 @@ def write_bytes(uri: str, data: bytes) -> None:
 def create(uri: str, data: bytes) -> bool:
     """Write a whole file unless one is there: of several writers the first wins, and the content never changes after.
 
-    Local files go through a temporary file and a hard link, which never replaces; S3 through a put with If-None-Match.
+    Local files go through a temporary file and a hard link, which never replaces and which NFS servers decide. A file system
+    without hard links: under the folder's lock, by a rename. S3: by a put with If-None-Match.
 
-    Returns: whether this call wrote it.
+    Returns: whether the file now holds `data`. That is so too where an earlier try wrote it whose answer was lost, and where
+        another writer wrote the same bytes: a writer who must know which it was puts something of its own into them.
+
+    Raises: as `reaching`.
     """
     filesystem, path = filesystem_of(uri)
-    with reaching(uri):
-        try:
+    for _ in range(_TRIES):
+        with reaching(uri):
             if is_local(uri):
                 with _temporary(Path(path), data) as temporary:
-                    os.link(temporary, path)
+                    done = _place(temporary, Path(path))
             else:
-                filesystem.pipe_file(path, data, mode="create")
-        except Exception as error:
-            if isinstance(error, FileExistsError) or _condition_failed(error):
-                return False
-            raise
-    return True
+                done = _put(filesystem, path, data, mode="create")
+        if done:
+            return True
+        try:
+            return read_bytes(uri) == data
+        except NotFound:
+            continue  # removed in the meantime
+    raise StoreError(f"cannot write {uri}: others keep making and removing it")
 
 
 def update(uri: str, change: Callable[[bytes | None], bytes]) -> None:
     """Replace a small file by `change` of its content (None where there is no file), though others update it too.
 
-    Local files are locked by their folder, S3 objects put with If-Match; another store has no such condition, and the last
-    writer wins.
+    Local files are locked by a file beside their folder (flock; NFS passes it on to the server, unless mounted with `nolock`
+    or `local_lock`). S3 objects are put with If-Match; a put that was done though its answer was lost is not repeated.
+    Another store has no such condition, and the last writer wins.
 
     Args:
         uri: the file.
-        change: may be called again, with what another has written meanwhile.
+        change: may be called again, with what another has written meanwhile; what it raises is passed on.
+
+    Raises: as `reaching`.
     """
     filesystem, path = filesystem_of(uri)
     if is_local(uri):
@@ -92,32 +138,73 @@ def update(uri: str, change: Callable[[bytes | None], bytes]) -> None:
             with _temporary(Path(path), change(old)) as temporary:
                 temporary.replace(path)
         return
-    for attempt in range(20):
+    new: bytes | None = None
+    for attempt in range(_TRIES):
         found = info(uri)
         old = read_bytes(uri) if found else None
-        options: dict[str, Any] = {}
+        if new is not None and old == new:
+            return
+        new = change(old)
+        condition: dict[str, Any] = {}
         if "s3" in filesystem.protocol:
-            options = {"IfMatch": found["ETag"]} if found else {"mode": "create"}
+            condition = {"IfMatch": found["ETag"]} if found else {"mode": "create"}
         with reaching(uri):
-            try:
-                filesystem.pipe_file(path, change(old), **options)
+            if _put(filesystem, path, new, **condition):
                 return
-            except Exception as error:
-                if not isinstance(error, FileExistsError) and not _condition_failed(error):
-                    raise
-        time.sleep(random.uniform(0, 0.1 * (attempt + 1)))
+        _pause(attempt)
     raise StoreError(f"cannot write {uri}: others keep changing it")
 
 
-def _condition_failed(error: BaseException) -> bool:
-    """Whether S3 refused a put because of its condition; s3fs raises an OSError around the client's error."""
-    cause: Any = error
-    while cause is not None:
-        code = getattr(cause, "response", {}).get("Error", {}).get("Code", "") if hasattr(cause, "response") else ""
-        if str(code) in {"PreconditionFailed", "ConditionalRequestConflict", "412"}:
+def _put(filesystem: Any, path: str, data: bytes, **condition: str) -> bool:
+    """Put an object. Returns whether it was done; not where its condition does not hold.
+
+    S3 answers 409 where another conditional put of the same object is under way, which may yet fail: tried again.
+    """
+    for attempt in range(_TRIES):
+        try:
+            filesystem.pipe_file(path, data, **condition)
             return True
-        cause = cause.__cause__
-    return False
+        except Exception as error:
+            code = s3_code(error)
+            gone = isinstance(error, FileNotFoundError) and "IfMatch" in condition
+            if isinstance(error, FileExistsError) or gone or code in ("PreconditionFailed", "412"):
+                return False
+            if code not in ("ConditionalRequestConflict", "409"):
+                raise
+        _pause(attempt)
+    raise OSError("others keep writing it")
+
+
+def _pause(attempt: int) -> None:
+    time.sleep(random.uniform(0, 0.1 * (attempt + 1)))
+
+
+def _place(source: Path, target: Path) -> bool:
+    """Give a file its name unless that is taken. Returns whether that was done."""
+    try:
+        if _link(source, target):
+            return True
+    except FileExistsError:
+        return False
+    with _locked(target.parent):
+        if target.exists():
+            return False
+        source.replace(target)
+        return True
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Give a file a second name. Returns False where the file system has no hard links.
+
+    Raises: FileExistsError where the name is taken.
+    """
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        return False
+    return True
 
 
 @contextmanager
@@ -140,19 +227,19 @@ def _temporary(target: Path, data: bytes) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    """Only one writer of a folder at a time, by flock on `.NAME.lock` beside the folder NAME; a killed one lets go.
+
+    A regular file, since NFS passes on no lock of a folder; it stays, since to remove it would let two in at once.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=_LOCK_SECONDS):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def remove(uri: str) -> None:
     """Remove a file if it is there.
 
-    Raises: UserError where the store refuses.
+    Raises: AccessError where the store refuses, StoreError where it does not answer.
     """
     filesystem, path = filesystem_of(uri)
     with reaching(uri):
@@ -165,15 +252,39 @@ def remove(uri: str) -> None:
 def remove_tree(uri: str) -> None:
     """Remove a folder and all that is in it, if it is there; what others remove meanwhile is no error.
 
-    Raises: UserError where the store refuses.
+    On S3 a request removes up to 1,000 objects.
+
+    Raises: AccessError or StoreError that names the first file that could not be removed.
     """
-    for entry in entries(uri):
-        remove(join(uri, entry.path))
+    files = [join(uri, entry.path) for entry in entries(uri)]
     if is_local(uri):
+        for file in files:
+            remove(file)
         path = Path(uri.removeprefix("file://"))
         for folder in sorted((found for found in path.rglob("*") if found.is_dir()), reverse=True):
             _remove_empty(folder)
         _remove_empty(path)
+    elif "s3" in filesystem_of(uri)[0].protocol:
+        for start in range(0, len(files), 1000):
+            _remove_objects(files[start : start + 1000])
+    else:
+        with ThreadPoolExecutor(READING_THREADS) as pool:
+            list(pool.map(remove, files))
+
+
+def _remove_objects(uris: Sequence[str]) -> None:
+    """Remove up to 1,000 objects of a bucket; s3fs's own `rm` would not say which could not be removed."""
+    filesystem, _ = filesystem_of(uris[0])
+    places = [filesystem.split_path(filesystem_of(uri)[1]) for uri in uris]
+    wanted = {"Objects": [{"Key": key} for _, key, _ in places], "Quiet": True}
+    with reaching(uris[0]):
+        answer = filesystem.call_s3("delete_objects", Bucket=places[0][0], Delete=wanted)
+    failed = [one for one in answer.get("Errors", []) if one.get("Code") != "NoSuchKey"]
+    if failed:
+        first = failed[0]
+        raise of_code(first.get("Code", ""))(
+            f"cannot remove {len(failed)} files, the first s3://{places[0][0]}/{first.get('Key')}: {first.get('Message')}"
+        )
 
 
 def remove_empty(uri: str) -> None:

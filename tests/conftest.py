@@ -17,6 +17,8 @@ from pathlib import Path
 import boto3
 import pytest
 
+from tests.faulty_proxy import FaultyProxy
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -57,21 +59,25 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-S3_PORT = free_ports(1)[0]
+S3_PORT, SERVER_PORT = free_ports(2)
 os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{S3_PORT}"  # before the Ray head, whose workers inherit it
 
 
 class S3Server:
-    """SeaweedFS with one identity, on a folder of its own; can be killed and started again."""
+    """SeaweedFS with one identity, on a folder of its own; can be killed and started again.
+
+    Clients reach it through a proxy, which passes all on unless a test asks for faults.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.proxy = FaultyProxy(S3_PORT, SERVER_PORT)
         credentials = {"accessKey": os.environ["AWS_ACCESS_KEY_ID"], "secretKey": os.environ["AWS_SECRET_ACCESS_KEY"]}
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
         identity = {"name": "tests", "credentials": [credentials], "actions": actions}
         (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         master, volume, filer = free_ports(3)
-        self._ports = [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={S3_PORT}"]
+        self._ports = [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={SERVER_PORT}"]
         self.start()
 
     def start(self) -> None:
@@ -109,6 +115,14 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     server = S3Server(tmp_path_factory.mktemp("s3"))
     yield server
     server.kill()
+    server.proxy.stop()
+
+
+@pytest.fixture
+def faulty_s3(s3_server: S3Server) -> Iterator[FaultyProxy]:
+    """The proxy in front of the S3 server, to count requests with and to have them fail."""
+    yield s3_server.proxy
+    s3_server.proxy.pass_all()
 
 
 @pytest.fixture(scope="session")

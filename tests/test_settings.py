@@ -94,3 +94,15 @@ def test_print_config_of_training_is_what_training_does(tmp_path: Path, capsys: 
 def test_every_recipe_reads(recipe: Path) -> None:
     settings = parse(TrainSettings, ["--config", str(recipe)], train_defaults)
     assert (settings.total_training_images or settings.total_training_tokens or 0) > 0
+
+
+def test_home_and_environment_in_paths_from_flags_yaml_and_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("BUCKET", "ours")
+    path = tmp_path / "settings.yaml"
+    path.write_text("dataset_path: ~/images\nclassnames: $HOME/names.json\n")
+    given = ["--config", str(path), "--root_dir=s3://${BUCKET}/runs", "--sae_path=$NOT_SET/sae~.pt"]
+    settings = parse(ExtractSettings, given)
+    assert (settings.dataset_path, settings.classnames) == ("/home/me/images", "/home/me/names.json")
+    assert (settings.root_dir, settings.sae_path) == ("s3://ours/runs", "$NOT_SET/sae~.pt")
+    assert FolderSettings(root_dir="~").root_dir == "/home/me"

@@ -1,19 +1,24 @@
 """Bad input: one clear line on standard error, exit code 2, nothing written, and no Ray started."""
 
 import json
+import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from s3fs import S3FileSystem
 from safetensors.torch import load_file, save_file
 
+from patchsae_ray.backbone import config
 from patchsae_ray.cli import run_job
 from patchsae_ray.sae.checkpoint import torch_bytes
 from patchsae_ray.settings import ExtractSettings, SteerSettings, TrainSettings
+from tests.backbone.test_torchscript import Command, writing_archive
 from tests.conftest import GOLDEN, golden_flags
 from tests.data.makers import make_folder
 from tests.sae.test_checkpoint import Evil, tensors
@@ -106,6 +111,56 @@ def test_model_that_does_not_fit(refused: Refused, tmp_path: Path) -> None:
     refused("extract", ["--sae_path", nameless], "--backbone is needed")
 
 
+def test_nothing_from_outside_is_run(refused: Refused, tmp_path: Path) -> None:
+    written = tmp_path / "written"
+    archive = str(writing_archive(tmp_path / "archive.pt", written))
+    refused("extract", changed(golden_flags(), clip_weights=archive), f"{archive} would run __torch__.")
+    evil = tmp_path / "evil.pt"
+    evil.write_bytes(pickle.dumps({"state_dict": Command(written)}, protocol=2))
+    refused("extract", changed(golden_flags(), clip_weights=str(evil)), f"{evil} is not a checkpoint of tensors alone: Trying")
+    torch.save({"cfg": Command(written), "state_dict": {}}, evil)
+    refused("extract", changed(golden_flags(), sae_path=str(evil)), f"{evil} would run posix.system when unpickled")
+    assert not written.exists()
+
+
+def test_a_checkpoint_names_no_path_to_open(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "read_weights", lambda path: pytest.fail(f"{path} was opened"))
+    for model, clip_weights, message in [
+        ("openai/clip-vit-base-patch16", str(GOLDEN / "clip.safetensors"), "--clip_weights is needed: {} names '/"),
+        ("ViT-B-16", "clip.safetensors", "--clip_weights is needed: {} names 'clip.safetensors', and a path"),
+        ("ViT-B-16", 7, "--clip_weights is needed: {} names 7"),
+        (str(GOLDEN / "clip.json"), None, "--backbone is needed: {} names '/"),
+        ("../models/demo", None, "--backbone is needed: {} names '../models/demo', and a path in a checkpoint"),
+        ("local-dir:/tmp", None, "--backbone is needed: {} names 'local-dir:/tmp'"),
+    ]:
+        sae = sae_file(tmp_path / "sae.pt", 128, model_name=model, clip_weights=clip_weights)
+        refused("extract", ["--sae_path", sae], message.format(sae))
+    (tmp_path / "openai").write_bytes(b"no weights")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(open_clip, "download_pretrained", no_hub)
+    sae = sae_file(tmp_path / "sae.pt", 128, model_name="ViT-B-16", clip_weights="openai")
+    refused("extract", ["--sae_path", sae], "--clip_weights openai: its weights could not be downloaded (no hub)")
+
+
+def no_hub(tag: object) -> str:
+    raise ConnectionError("no hub")
+
+
+def test_archives_that_unpack_to_more_than_they_hold(refused: Refused, tmp_path: Path) -> None:
+    torch.save({"cfg": {}, "state_dict": {"W_enc": torch.zeros(128, 50_000)}}, tmp_path / "whole.pt")
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(tmp_path / "whole.pt") as old, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    for flag in ("sae_path", "clip_weights"):
+        refused("extract", changed(golden_flags(), **{flag: str(bomb)}), f"{bomb} unpacks to 25,6")
+    one = torch.zeros(1, dtype=torch.float16)
+    sizes = {"W_enc": (128, 10**9), "b_enc": (10**9,), "W_dec": (10**9, 128), "b_dec": (128,), "visual.class_embedding": (1,)}
+    torch.save({"cfg": {}, "state_dict": {name: one.expand(size) for name, size in sizes.items()}}, bomb)
+    for flag in ("sae_path", "clip_weights"):
+        refused("extract", changed(golden_flags(), **{flag: str(bomb)}), f"{bomb} claims tensors of 514,000,000,258 bytes in ")
+
+
 def test_weights_that_do_not_fit_are_found_before_ray(refused: Refused, tmp_path: Path) -> None:
     config = json.loads((GOLDEN / "clip.json").read_text())
     config["vision_cfg"]["layers"] = 6
@@ -113,6 +168,12 @@ def test_weights_that_do_not_fit_are_found_before_ray(refused: Refused, tmp_path
     refused("extract", changed(golden_flags(), backbone=str(tmp_path / "deeper.json")), "is missing, which --backbone")
     (tmp_path / "odd.json").write_text(json.dumps({**config, "vision_cfg": "x"}))
     refused("extract", changed(golden_flags(), backbone=str(tmp_path / "odd.json")), "vision_cfg is no mapping")
+    for key, value in [("width", "wide"), ("layers", 0), ("image_size", [32]), ("patch_size", -1), ("width", [128])]:
+        odd = {**config, "vision_cfg": {**config["vision_cfg"], key: value}}
+        (tmp_path / "odd.json").write_text(json.dumps(odd))
+        refused("extract", changed(golden_flags(), backbone=str(tmp_path / "odd.json")), f"vision_cfg.{key} is {value!r}; a")
+    (tmp_path / "odd.json").write_text("[" * 100_000)
+    refused("extract", changed(golden_flags(), backbone=str(tmp_path / "odd.json")), "odd.json is not JSON: ")
     whole = load_file(GOLDEN / "clip.safetensors")
     save_file({key: value for key, value in whole.items() if key.startswith("visual")}, tmp_path / "vision.safetensors")
     counts = ["--cls_wise_sae_activation_path", "x.npy"]
@@ -186,6 +247,13 @@ def test_class_counts_of_another_kind(refused: Refused, tmp_path: Path) -> None:
     cut.write_bytes(Path(whole).read_bytes()[:200])
     refused("steer", [*flags, str(cut)], "not a whole .npy")
     refused("steer", [*flags, str(GOLDEN / "sae.pt")], "is not a .npy array of numbers")
+    whole_shape = b"(1024, 6), }    "
+    assert whole_shape in Path(whole).read_bytes()
+    for shape in (b"(999999999999,)}", b"((1024, 6),     "):  # more than there is, and a torn header
+        cut.write_bytes(Path(whole).read_bytes().replace(whole_shape, shape))
+        refused("steer", [*flags, str(cut)], "not a whole .npy")
+    cut.write_bytes(b"PK\3\4, a torn archive")
+    refused("steer", [*flags, str(cut)], "not a whole .npy")
     refused("steer", [*flags, whole, "--topk", "²"], "--topk '²'")
     refused("steer", [*flags, whole, "--topk", "0"], "--topk '0'")
     refused("steer", [*flags, whole, "--topk", "1,2000"], "--topk 2000: the SAE has 1024 latents")

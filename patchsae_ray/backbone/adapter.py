@@ -13,9 +13,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from patchsae_ray.backbone.clip import DEFAULT_BLOCK_LAYER, Backbone, vision_state
+from patchsae_ray.backbone.clip import DEFAULT_BLOCK_LAYER, PRECISIONS, Backbone, dtype_of, vision_state
 from patchsae_ray.backbone.config import BackboneConfig, resolve
 from patchsae_ray.backbone.weights import StateDict
+from patchsae_ray.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,12 @@ def load_backbone(
     vit_type: str = "base",
     model_path: str | None = None,
     config_path: str | None = None,
+    precision: str = "fp32",
 ) -> Backbone:
-    """A frozen backbone by open_clip name, JSON model config or `demo`, in float32, plain or adapted.
+    """A frozen backbone by open_clip name, JSON model config or `demo`, plain or adapted.
+
+    Its residuals are the jobs' of the same precision, whose `auto` is bf16 on a GPU. For fp32 on a GPU it turns cuDNN's TF32,
+    which is on by default, off for the whole process.
 
     Args:
         name: `--backbone`.
@@ -98,9 +103,15 @@ def load_backbone(
         vit_type: `base`, or the name of an adapter.
         model_path: the adapter's checkpoint.
         config_path: the adapter's settings.
+        precision: fp32, bf16 or fp16: of the tower's products.
 
-    Raises: UserError for whatever is wrong with the name, the weights, the layer or the adapter.
+    Raises: UserError for whatever is wrong with the name, the weights, the layer, the adapter or the precision.
     """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r}: {', '.join(PRECISIONS)} are known")
     config, weights = resolve(name, clip_weights)
     adapter = read_adapter(AdapterFiles(vit_type, model_path, config_path), config, weights.state_dict)
-    return adapter.backbone(config, vision_state(weights.state_dict), block_layer).to(device)
+    backbone = adapter.backbone(config, vision_state(weights.state_dict), block_layer)
+    if precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False
+    return backbone.cast(dtype_of(precision)).to(device)

@@ -18,12 +18,17 @@ from patchsae_ray.errors import UserError, first_line
 from patchsae_ray.names import Tokens
 
 DEFAULT_BLOCK_LAYER = -2
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What a tower may run in, by its name in `--precision`."""
 CPU_TOKENS = 1024
 """Tokens that go through the tower at once on a CPU."""
 
 
 class Backbone(nn.Module):
-    """CLIP's vision tower, cut at a hook after one of its blocks. Frozen; runs under `inference_mode`.
+    """CLIP's vision tower, cut at a hook after one of its blocks.
+
+    Its weights are frozen. Gradients reach residuals, so that a probe or an attribution can be made of it; a pass that needs
+    none runs it under `torch.inference_mode`.
 
     Args:
         visual: open_clip's VisionTransformer.
@@ -83,12 +88,21 @@ class Backbone(nn.Module):
         names = tuple(dict.fromkeys(every))
         return names, torch.tensor([names.index(name) for name in every])
 
-    @torch.inference_mode()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels [n, h, w, 3] → image embedding [n, e], not made unit length.
+
+        Raises: ValueError as `to_hook`.
+        """
+        return self.from_hook(self.to_hook(pixels))
+
     def to_hook(self, pixels: Tensor) -> Tensor:
         """uint8 pixels [n, h, w, 3] → residual stream after the hook's block [n, t, d].
 
         On a CPU a few images at a time, so that what a block makes on the way stays near the cache.
+
+        Raises: ValueError where the pixels have another dtype or shape.
         """
+        self._check_pixels(pixels)
         if pixels.is_cuda:
             return self._blocks_to_hook(pixels)
         images = max(1, CPU_TOKENS // self.num_tokens)
@@ -109,13 +123,19 @@ class Backbone(nn.Module):
         """What a block is given, from what the one before it gave; an adapted tower may change it."""
         return x
 
-    @torch.inference_mode()
     def from_hook(self, residual: Tensor) -> Tensor:
         """Residual [n, t, d] → image embedding [n, e], not made unit length.
 
         Only the CLS row leaves the last block, so there everything runs for that row alone. Where whole blocks come before
         it, a CPU runs a few images at a time, as in `to_hook`.
+
+        Raises: ValueError where the residual has another shape.
         """
+        if residual.ndim != 3 or residual.shape[1:] != (self.num_tokens, self.width):
+            raise ValueError(
+                f"residuals of shape {tuple(residual.shape)}: [n, {self.num_tokens}, {self.width}], as `to_hook` gives them, "
+                "would be right"
+            )
         whole_blocks = len(self.visual.transformer.resblocks) - 2 - self.hook_block
         if residual.is_cuda or whole_blocks <= 0:
             return self._blocks_from_hook(residual)
@@ -131,6 +151,17 @@ class Backbone(nn.Module):
             x = _cls_row(blocks[index], x) if last and self._reads_cls_alone(blocks[index]) else blocks[index](x)
         pooled, _ = self.visual._pool(x)
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        size = self.config.image_size
+        if pixels.dtype != torch.uint8:
+            raise ValueError(
+                f"pixels of {pixels.dtype}: torch.uint8 from 0 to 255, as `load_images` gives them, would be right"
+            )
+        if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"pixels of shape {tuple(pixels.shape)}: [n, {size}, {size}, 3], as `load_images` gives them, would be right"
+            )
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         x = pixels.permute(0, 3, 1, 2).to(torch.float32).div(255)
@@ -163,6 +194,11 @@ def _cls_attention(attention: nn.MultiheadAttention, y: Tensor) -> Tensor:
     values = torch.einsum("nhd,hed->nhe", weights @ y, w_v.view(heads, -1, d)).reshape(n, 1, d)
     out: Tensor = attention.out_proj(values + b_v)
     return out
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The dtype that `--precision` fp32, bf16 or fp16 means."""
+    return PRECISIONS[precision]
 
 
 def resolve_block(block_layer: int, num_blocks: int) -> int:

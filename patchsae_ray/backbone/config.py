@@ -70,22 +70,40 @@ def strip_openai(model_name: str) -> str:
     return model_name
 
 
+def is_model_name(name: str) -> bool:
+    """Whether a name is one of configs/models or of open_clip's models, and so no path."""
+    name = strip_openai(name)
+    return name in configs.names("models") or name in open_clip.list_models()
+
+
+def is_weights_tag(model_name: str, tag: str) -> bool:
+    """Whether open_clip has weights of that tag for a model that `is_model_name`, and so it is no path."""
+    name = strip_openai(model_name)
+    return bool(open_clip.get_pretrained_cfg(_named(name).get("model", name), tag))
+
+
+def _named(backbone: str) -> dict[str, Any]:
+    """The entry of configs/models, empty where there is none."""
+    return configs.find("models", backbone, allowed=_MODEL_KEYS, required=frozenset({"model"})) or {}
+
+
 def resolve(backbone: str, clip_weights: str | None) -> tuple[BackboneConfig, Weights]:
     """The model config and the weights for `--backbone` and `--clip_weights`.
 
-    A name is looked for in configs/models, then among open_clip's models; anything else is the path of a JSON file.
+    A name is looked for in configs/models, then among open_clip's models; anything else is the path of a JSON file. A tag
+    of open_clip's wins over a file of that name, which is meant by `./NAME`.
 
     Raises: UserError for an unknown name, an unreadable file, or a model that is not an open_clip ViT.
     """
     backbone = strip_openai(backbone)
-    named = configs.find("models", backbone, allowed=_MODEL_KEYS, required=frozenset({"model"})) or {}
+    named = _named(backbone)
     model, clip_weights = named.get("model", backbone), clip_weights or named.get("weights")
     config = BackboneConfig(backbone, _model_config(model, backbone))
     _check_supported(config)
     if clip_weights is None:
         raise UserError(f"--backbone {backbone} needs --clip_weights: {_weights_hint(model)}")
     tag = open_clip.get_pretrained_cfg(model, clip_weights)
-    if tag and not Path(clip_weights).exists():
+    if tag:
         weights = _from_tag(model, clip_weights, tag)
         config = replace(config, mean=tuple(tag["mean"]), std=tuple(tag["std"]))
     elif not Path(clip_weights).exists() and "/" not in clip_weights and not Path(clip_weights).suffix:
@@ -107,7 +125,7 @@ def _model_config(model: str, backbone: str) -> dict[str, Any]:
             raise UserError(f"--backbone {backbone}: no such file")
         try:
             config = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--backbone {backbone} is not JSON: {error}") from error
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config if isinstance(config, dict) else ())
         if missing:
@@ -115,12 +133,23 @@ def _model_config(model: str, backbone: str) -> dict[str, Any]:
         for part in ("vision_cfg", "text_cfg"):
             if not isinstance(config[part], dict):
                 raise UserError(f"--backbone {backbone} is no open_clip model config: {part} is no mapping")
+        _check_numbers(config["vision_cfg"], backbone)
         return dict(config)
     config = open_clip.get_model_config(model)
     if config is None:
         hint = nearest(model, [*open_clip.list_models(), *configs.names("models")])
         raise UserError(f"--backbone {backbone}: not in configs/models, not an open_clip model, not a JSON file{hint}")
     return dict(config)
+
+
+def _check_numbers(vision: dict[str, Any], backbone: str) -> None:
+    """See that what is read here of a vision tower is whole numbers from 1: sides may be pairs, layers ResNet's list."""
+    for key in ("image_size", "patch_size", "width", "layers"):
+        value = vision.get(key, 1)
+        listed = isinstance(value, list) and (key == "layers" or (key != "width" and len(value) == 2))
+        numbers = value if listed else [value]
+        if not all(type(number) is int and number >= 1 for number in numbers):
+            raise UserError(f"--backbone {backbone}: vision_cfg.{key} is {value!r}; a whole number from 1 would be right")
 
 
 def _check_supported(config: BackboneConfig) -> None:

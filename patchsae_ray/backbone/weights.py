@@ -1,11 +1,11 @@
 """Every form in which CLIP weights come, made into one open_clip state dict.
 
-Nothing is unpickled: `.pt` files go through torch's `weights_only` loader, OpenAI's archives are TorchScript and only
-their state dict is taken (the module is never called), everything else is safetensors.
+Nothing is unpickled and no code is run: `.pt` files go through torch's `weights_only` loader, of OpenAI's archives, which
+are TorchScript, the tensors alone are read, everything else is safetensors.
 """
 
 import json
-import zipfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from patchsae_ray import storage
+from patchsae_ray.backbone.torchscript import is_torchscript, read_torchscript
 from patchsae_ray.errors import UserError, first_line
+from patchsae_ray.inert import check_claims, check_size
 
 StateDict = dict[str, torch.Tensor]
 
@@ -74,8 +76,8 @@ def read_weights(path: str) -> Weights:
         if "vision_model.embeddings.class_embedding" in state_dict:
             state_dict = from_hugging_face(state_dict)
         return Weights(_clean(state_dict, path), path)
-    if _is_torchscript(file):
-        return Weights(_clean(_read_torchscript(file), path), path, quick_gelu=True)
+    if is_torchscript(file):
+        return Weights(_clean(read_torchscript(file), path), path, quick_gelu=True)
     return Weights(_clean(_read_torch(file), path), path)
 
 
@@ -86,29 +88,20 @@ def _read_safetensors(file: Path) -> StateDict:
         raise UserError(f"{file} is not a whole safetensors file: {error}") from error
 
 
-def _is_torchscript(file: Path) -> bool:
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _read_torchscript(file: Path) -> StateDict:
-    try:
-        return dict(torch.jit.load(str(file), map_location="cpu").state_dict())
-    except RuntimeError as error:
-        raise UserError(f"{file} is not a whole TorchScript archive: {first_line(error)}") from error
-
-
 def _read_torch(file: Path) -> StateDict:
+    check_size(str(file), file, file.stat().st_size)
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # what torch says of odd pickles; an error says it too
+            warnings.simplefilter("ignore", UserWarning)
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here; the file is at fault in each
-        raise UserError(f"{file} is not a checkpoint of tensors alone: {first_line(error)}") from error
+        reason = error.__context__ or error  # torch wraps what went wrong in advice to unpickle everything
+        raise UserError(f"{file} is not a checkpoint of tensors alone: {first_line(reason)}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise UserError(f"{file} holds no state dict; expected names mapped to tensors")
+    check_claims(str(file), loaded, file.stat().st_size)
     return loaded
 
 
@@ -132,12 +125,14 @@ def _read_hugging_face(folder: Path) -> Weights:
             raise UserError(f"--clip_weights {folder}: a Hugging Face CLIP directory holds {needed.name}, this has none")
     try:
         parsed = json.loads(config.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{config} is not JSON: {error}") from error
-    if parsed.get("model_type") != "clip":
-        raise UserError(f"{config}: model_type is {parsed.get('model_type')!r}, expected 'clip'")
+    kind = parsed.get("model_type") if isinstance(parsed, dict) else None
+    if kind != "clip":
+        raise UserError(f"{config}: model_type is {kind!r}, expected 'clip'")
+    vision = parsed.get("vision_config")
     # Hugging Face's CLIP defaults to quick_gelu where the config leaves the activation out.
-    activation = (parsed.get("vision_config") or {}).get("hidden_act", "quick_gelu")
+    activation = vision.get("hidden_act", "quick_gelu") if isinstance(vision, dict) else "quick_gelu"
     state_dict = from_hugging_face(_read_safetensors(weights))
     return Weights(_clean(state_dict, str(folder)), str(folder), quick_gelu=activation == "quick_gelu")
 

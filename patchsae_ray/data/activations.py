@@ -4,9 +4,11 @@ A unit's file is committed once and never changes. `cache.json`, written last, s
 """
 
 import json
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,16 +17,19 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from patchsae_ray import storage
-from patchsae_ray.data.chunks import Chunk
 from patchsae_ray.data.mixing import ChunkTokens
-from patchsae_ray.errors import UserError
+from patchsae_ray.errors import StoreError, UserError
 from patchsae_ray.names import ActivationDtype, Tokens
 
 FORMAT = 1
 CACHE_FILE = "cache.json"
 DTYPES: dict[ActivationDtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _NAMES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
-_MOST_HEADERS = 64
+_MOST_HEADERS = 2**16
+"""Kept in a process: about 300 bytes each, and 8 for each image of a unit that has unreadable ones."""
+_START_BYTES = 2**14
+_MOST_HEADER_BYTES = 2**24
+_MEND = "without it jobs/cache_activations.py --overwrite makes it anew"
 
 
 @dataclass(frozen=True)
@@ -90,94 +95,130 @@ def read_record(folder: str) -> CacheRecord:
 class _Header:
     """Where a unit's tensors lie in its file."""
 
-    positions: np.ndarray
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    positions: np.ndarray | None
+    """[n] int64 of its readable images; None where they are `count` consecutive ones."""
+    first: int
+    """Position of the first readable image."""
+    count: int
     begin: int
     """Byte of the file at which `residual` begins."""
-    bad: list[tuple[int, str, str]]
+    bad: dict[int, tuple[int, str, str]]
+    """Row of each unreadable image, by position."""
+
+    def place(self, position: int) -> int | None:
+        """Which of the readable images is at a position; None where none is."""
+        place = position - self.first if self.positions is None else int(np.searchsorted(self.positions, position))
+        there = 0 <= place < self.count and (self.positions is None or int(self.positions[place]) == position)
+        return place if there else None
 
 
-@dataclass
 class ActivationCache:
-    """Reads chunks of a cache by byte range; a unit's header is read once.
+    """Reads single images of a cache by byte range, many at once; a unit's header is read once.
 
     Args:
         folder: the cache.
         record: its cache.json.
     """
 
-    folder: str
-    record: CacheRecord
-    _headers: "OrderedDict[int, _Header]" = field(default_factory=OrderedDict)
+    def __init__(self, folder: str, record: CacheRecord) -> None:
+        self.folder, self.record = folder, record
+        self._headers: OrderedDict[int, _Header] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def chunk(self, chunk: Chunk, first_position: int, tokens: slice) -> ChunkTokens:
-        """A chunk's tokens.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ActivationCache, (self.folder, self.record)  # another process reads the headers that it needs
+
+    def images(self, positions: np.ndarray, edges: np.ndarray, tokens: slice) -> ChunkTokens:
+        """The tokens of some images.
 
         Args:
-            chunk: which images of which unit.
-            first_position: of the unit's first image, in the data set.
-            tokens: which of the cached tokens.
+            positions: [n] int64 of the images, in the order in which they are wanted.
+            edges: [units + 1] position of each unit's first image.
+            tokens: which of the cached tokens, consecutive ones.
 
-        Raises: UserError where a file is missing, cut short or not what cache.json says.
+        Raises: UserError where a file is missing, cut short or not what cache.json says; StoreError once the store has
+            stayed away for too long.
         """
-        header = self._header(chunk.unit)
-        low, high = np.searchsorted(header.positions, first_position + chunk.first + np.array([0, chunk.count]))
-        image_bytes = int(np.prod(header.shape[1:])) * header.dtype.itemsize
-        begin = header.begin + int(low) * image_bytes
-        data = _read_range(unit_file(self.folder, chunk.unit), begin, begin + int(high - low) * image_bytes)
-        shape = (int(high - low), *header.shape[1:])
-        values = torch.frombuffer(data, dtype=header.dtype).view(shape) if data else torch.empty(shape, dtype=header.dtype)
-        within = range(first_position + chunk.first, first_position + chunk.first + chunk.count)
-        bad = [row for row in header.bad if row[0] in within]
-        return ChunkTokens(values[:, tokens], header.positions[low:high], bad)
+        units = np.searchsorted(edges, positions, side="right") - 1
+        headers = self._headers_of(np.unique(units).tolist())
+        record, dtype = self.record, DTYPES[self.record.dtype]
+        start, stop, _ = tokens.indices(record.tokens_per_image)
+        token_bytes = record.width * dtype.itemsize
+        ranges, readable, bad = [], [], []
+        for position, unit in zip(positions.tolist(), units.tolist(), strict=True):
+            header = headers[unit]
+            place = header.place(position)
+            if place is None:
+                bad.append(header.bad.get(position) or self._missing(unit, position))
+                continue
+            begin = header.begin + (place * record.tokens_per_image + start) * token_bytes
+            ranges.append((unit_file(self.folder, unit), begin, begin + (stop - start) * token_bytes))
+            readable.append(position)
+        data = bytearray(b"".join(_read(ranges)))  # writable, which torch wants of a tensor's memory
+        shape = (len(readable), stop - start, record.width)
+        values = torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+        return ChunkTokens(values, np.array(readable, np.int64), bad)
 
-    def _header(self, unit: int) -> _Header:
-        found = self._headers.get(unit)
-        if found is None:
-            found = self._headers[unit] = _read_header(unit_file(self.folder, unit), self.record)
-            while len(self._headers) > _MOST_HEADERS:
-                self._headers.popitem(last=False)
-        return found
+    def _missing(self, unit: int, position: int) -> tuple[int, str, str]:
+        raise UserError(f"{unit_file(self.folder, unit)} has no image {position}, which is not what {CACHE_FILE} says")
+
+    def _headers_of(self, units: Sequence[int]) -> dict[int, _Header]:
+        with self._lock:
+            known = {unit: self._headers[unit] for unit in units if unit in self._headers}
+        missing = [unit for unit in units if unit not in known]
+        if missing:
+            with ThreadPoolExecutor(min(storage.READING_THREADS, len(missing))) as pool:
+                uris = [unit_file(self.folder, unit) for unit in missing]
+                known.update(zip(missing, pool.map(lambda uri: _read_header(uri, self.record), uris), strict=True))
+            with self._lock:
+                self._headers.update((unit, known[unit]) for unit in missing)
+                while len(self._headers) > _MOST_HEADERS:
+                    self._headers.popitem(last=False)
+        return known
 
 
 def _read_header(uri: str, record: CacheRecord) -> _Header:
-    size = storage.size(uri)
-    damaged = f"{uri} is not a whole unit of cached activations; without it jobs/cache_activations.py --overwrite makes it anew"
-    length = int.from_bytes(_read_range(uri, 0, 8), "little") if size >= 8 else size
-    if length > size - 8:
+    start = storage.patiently(lambda: _read_start(uri))
+    damaged = f"{uri} is not a whole unit of cached activations; {_MEND}"
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or length > _MOST_HEADER_BYTES:
         raise UserError(damaged)
     try:
-        header = json.loads(_read_range(uri, 8, 8 + length))
+        header = json.loads(_part(uri, start, 8, 8 + length))
         residual, positions, metadata = header["residual"], header["positions"], header["__metadata__"]
-        dtype = _NAMES[residual["dtype"]]
-        shape = tuple(residual["shape"])
-        ends = [one["data_offsets"] for one in (residual, positions)]
+        dtype, shape = _NAMES[residual["dtype"]], tuple(residual["shape"])
+        bad = [(int(position), str(path), str(why)) for position, path, why in json.loads(metadata["bad"])]
+        (begin, _), (low, high) = residual["data_offsets"], positions["data_offsets"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(damaged) from error
-    if 8 + length + max(end for _, end in ends) != size:
-        raise UserError(damaged)
     if shape[1:] != (record.tokens_per_image, record.width) or dtype != DTYPES[record.dtype]:
         raise UserError(f"{uri} holds {list(shape)} {residual['dtype']}, which is not what {CACHE_FILE} says")
-    begin, end = (8 + length + offset for offset in ends[1])
-    place = np.frombuffer(_read_range(uri, begin, end), dtype=np.int64)
-    bad = [(int(position), str(path), str(why)) for position, path, why in json.loads(metadata["bad"])]
-    return _Header(place, shape, dtype, 8 + length + ends[0][0], bad)
+    places = np.frombuffer(_part(uri, start, 8 + length + low, 8 + length + high), dtype=np.int64)
+    if len(places) != shape[0]:
+        raise UserError(damaged)
+    first = int(places[0]) if len(places) else 0
+    consecutive = len(places) == 0 or int(places[-1]) - first == len(places) - 1
+    return _Header(None if consecutive else places, first, len(places), 8 + length + begin, {row[0]: row for row in bad})
 
 
-def _read_range(uri: str, begin: int, end: int) -> bytearray:
-    """Bytes [begin, end) of a file.
-
-    Raises: UserError where it is shorter; StoreError once the store has stayed away for too long.
-    """
+def _read_start(uri: str) -> bytes:
+    """The first bytes of a file, as many as there are of _START_BYTES: most units' header and positions."""
     filesystem, path = storage.filesystem_of(uri)
+    with storage.reaching(uri):
+        found: bytes = filesystem.cat_file(path, start=0, end=_START_BYTES)
+    return found
 
-    def read() -> bytes:
-        with storage.reaching(uri):
-            found: bytes = filesystem.cat_file(path, start=begin, end=end) if end > begin else b""
-        return found
 
-    data = storage.patiently(read)
-    if len(data) != end - begin:
-        raise UserError(f"{uri} is cut short: {len(data)} bytes from {begin} on, expected {end - begin}")
-    return bytearray(data)  # writable, which torch wants of a tensor's memory
+def _part(uri: str, start: bytes, begin: int, end: int) -> bytes:
+    """Bytes [begin, end) of a file whose first bytes are known."""
+    return start[begin:end] if end <= len(start) else _read([(uri, begin, end)])[0]
+
+
+def _read(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """Raises: as `storage.read_ranges`, saying what would mend a file that is not whole."""
+    try:
+        return storage.patiently(lambda: storage.read_ranges(ranges))
+    except UserError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise UserError(f"{error}; {_MEND}") from error

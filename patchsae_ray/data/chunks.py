@@ -1,53 +1,43 @@
 """The order in which training sees tokens: a function of (seed, epoch, step) alone.
 
-A chunk is a run of consecutive images of a unit, as many as CLIP takes in one forward pass, so that every way of getting
-its tokens computes the same numbers. Each epoch permutes all chunks; the epochs' chunks, laid end to end, are dealt to L
-lanes in turn, and a lane holds one chunk at a time. A global batch takes an equal share of each lane. Worker r of N serves
-lanes r, r + N, …: neither timing nor the number of workers enters.
+L lanes hold one chunk of images each (`grains` says which). A global batch takes an equal share of each lane, and a lane
+gives one random token of each of its images in turn, so that a batch's tokens come from all images that are held. Worker r
+of N serves lanes r, r + N, …: neither timing nor the number of workers enters.
 """
 
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
+from patchsae_ray.data.grains import Grain
 from patchsae_ray.names import Batching
 
-_ORDER, _DRAWS = 0, 1  # streams of random numbers
+_DRAWS = 1
+"""Stream of random numbers that draws tokens; `grains` has another."""
+
+ORDER_VERSION = 2
+"""Of the order that this module defines; a run of another version cannot be gone on with."""
+
+LANE_BLOCKS = 8
+"""Parts in which a lane's tokens are let go as they are used up."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
-    """Images of one unit that are read and run through CLIP together."""
+    """Images that are read and run through CLIP together."""
 
-    unit: int
-    first: int
-    """Of the unit's images."""
-    count: int
+    lane: int
+    ordinal: int
+    """Of the lane's chunks, from 0."""
+    positions: np.ndarray
+    """[n] int64: the images, by their position in the data set."""
 
-
-class ChunkTable:
-    """All chunks of a data set by their number, in canonical order.
-
-    Args:
-        edges: [units + 1] position of each unit's first image, as `UnitTable.edges` gives them.
-        chunk_images: images a chunk, at most.
-    """
-
-    def __init__(self, edges: np.ndarray, chunk_images: int) -> None:
-        self._counts = np.diff(edges)
-        self._chunk_images = chunk_images
-        self._starts = np.concatenate([[0], np.cumsum(-(-self._counts // chunk_images))])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, number: int) -> Chunk:
-        unit = int(np.searchsorted(self._starts, number, side="right")) - 1
-        first = (number - int(self._starts[unit])) * self._chunk_images
-        return Chunk(unit, first, min(self._chunk_images, int(self._counts[unit]) - first))
+    @property
+    def count(self) -> int:
+        """n."""
+        return len(self.positions)
 
 
 @dataclass(frozen=True)
@@ -84,14 +74,14 @@ class LaneOrder:
     """The whole order of a run.
 
     Args:
-        table: the chunks.
-        drawing: what is drawn.
+        grain: which images each chunk holds.
+        drawing: what is drawn of them.
         lanes: L.
         seed: of all draws.
         total: draws in all; the last step may be smaller than the others.
     """
 
-    table: ChunkTable
+    grain: Grain
     drawing: Drawing
     lanes: int
     seed: int
@@ -107,7 +97,7 @@ class LaneOrder:
         return min(self.drawing.batch_size, self.total - step * self.drawing.batch_size)
 
     def shares(self, step: int) -> np.ndarray:
-        """[L] int64: draws from each lane. They differ by one at most, and what is over goes round."""
+        """[L] int64: draws from each lane. Shares differ by at most one; the remainder rotates over the lanes by steps."""
         draws = self.step_draws(step)
         each, over = divmod(draws, self.lanes)
         shares = np.full(self.lanes, each, dtype=np.int64)
@@ -127,23 +117,25 @@ class LaneOrder:
             step += 1
         return step
 
-    def chunk(self, lane: int, ordinal: int) -> tuple[int, Chunk]:
-        """(epoch, chunk) that is the lane's `ordinal`-th."""
-        epoch, place = divmod(lane + ordinal * self.lanes, len(self.table))
-        return epoch, self.table[int(_permutation(len(self.table), self.seed, epoch)[place])]
+    def count(self, lane: int, ordinal: int) -> int:
+        """Images of a lane's chunk."""
+        return self.grain.count(self.seed, self.lanes, lane, ordinal)
 
-    def draws(self, epoch: int, chunk: Chunk, num_images: int) -> np.ndarray:
+    def chunk(self, lane: int, ordinal: int) -> Chunk:
+        """A lane's chunk."""
+        return Chunk(lane, ordinal, self.grain.positions(self.seed, self.lanes, lane, ordinal))
+
+    def draws(self, chunk: Chunk, num_images: int) -> np.ndarray:
         """[draws, draw_tokens] int64: places in the chunk's readable images' tokens laid end to end, in order.
 
         Single tokens come in rounds with one random token of each image, so that tokens of one image lie far apart.
 
         Args:
-            epoch: of the run.
             chunk: whose draws.
             num_images: its readable images.
         """
         drawing, t = self.drawing, self.drawing.tokens_per_image
-        random = np.random.default_rng([self.seed, _DRAWS, epoch, chunk.unit, chunk.first])
+        random = np.random.default_rng([self.seed, _DRAWS, chunk.lane, chunk.ordinal])
         tokens = random.random((num_images, t)).argsort(axis=1)[:, : drawing.kept_tokens]
         if drawing.batching == "images":
             return (np.arange(num_images)[:, None] * t + np.sort(tokens, axis=1))[random.permutation(num_images)]
@@ -152,34 +144,31 @@ class LaneOrder:
         return places.reshape(-1, 1)
 
 
-@lru_cache(maxsize=3)
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, _ORDER, epoch]).permutation(count)
-
-
-def num_lanes(buffer_tokens: int, chunk_images: int, num_chunks: int, drawing: Drawing, total: int) -> int:
-    """Lanes whose chunks, and as many again on their way, stay within `buffer_tokens`.
+def num_lanes(buffer_tokens: int, grain: Grain, drawing: Drawing, total: int) -> int:
+    """Lanes whose tokens, with those on their way, stay within `buffer_tokens`.
 
     A power of two below 64 and a multiple of 64 above, so that usual numbers of workers get equal shares; no more than
     chunks or draws a step, so that every lane has something to give, nor than the run's draws fill.
     """
-    in_buffer = buffer_tokens // (2 * chunk_images * drawing.tokens_per_image)
-    of_run = total * drawing.draw_tokens // (chunk_images * drawing.kept_tokens)
-    most = max(1, min(in_buffer, of_run, num_chunks, drawing.batch_size))
+    in_buffer = _lanes_that_hold(buffer_tokens / (grain.chunk_images * drawing.tokens_per_image))
+    of_run = total * drawing.draw_tokens // (grain.chunk_images * drawing.kept_tokens)
+    most = max(1, min(in_buffer, of_run, grain.num_chunks, drawing.batch_size))
     return most // 64 * 64 if most >= 64 else 1 << (most.bit_length() - 1)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """A chunk that a lane will need."""
+def _lanes_that_hold(chunks: float) -> int:
+    """Lanes that hold no more than so many chunks' tokens.
 
-    lane: int
-    ordinal: int
-    epoch: int
-    chunk: Chunk
+    A lane holds half of its chunk on average, uniformly between none and all of it, and half a block more. So L lanes hold
+    L (1 / 2 + 1 / (2 LANE_BLOCKS)) on average, with a standard deviation of sqrt(L / 12) were they independent of each
+    other, three of which are left free. Few lanes may all be full at once.
+    """
+    mean, spread = 0.5 + 0.5 / LANE_BLOCKS, 3 / 12**0.5
+    root = ((spread**2 + 4 * mean * chunks) ** 0.5 - spread) / (2 * mean)  # of mean L + spread sqrt(L) = chunks
+    return int(max(chunks, root**2))
 
 
-class Demand(Iterator[Wanted]):
+class Demand(Iterator[Chunk]):
     """The chunks that some lanes will need, without end, in the order in which they will need them.
 
     A chunk is needed in the step that takes its first draw, which follows from the number of images of the chunks before it
@@ -199,12 +188,14 @@ class Demand(Iterator[Wanted]):
         self._due = [(step, lane, int(cursors[lane, 0])) for lane in lanes]
         heapq.heapify(self._due)
 
-    def __next__(self) -> Wanted:
-        _, lane, ordinal = heapq.heappop(self._due)
-        epoch, chunk = self._order.chunk(lane, ordinal)
-        self._begins[lane] += chunk.count * self._order.drawing.image_draws
-        heapq.heappush(self._due, (self._order.step_of(lane, self._begins[lane]), lane, ordinal + 1))
-        return Wanted(lane, ordinal, epoch, chunk)
+    def __next__(self) -> Chunk:
+        while True:
+            _, lane, ordinal = heapq.heappop(self._due)
+            count = self._order.count(lane, ordinal)
+            self._begins[lane] += count * self._order.drawing.image_draws
+            heapq.heappush(self._due, (self._order.step_of(lane, self._begins[lane]), lane, ordinal + 1))
+            if count:
+                return self._order.chunk(lane, ordinal)
 
     def short(self, lane: int, images: int) -> None:
         """A chunk of the lane had so many images less than it should."""

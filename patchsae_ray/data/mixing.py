@@ -1,10 +1,9 @@
 """Lanes filled with tokens: batches are drawn from a bounded buffer that breaks images up.
 
-What is in memory is a chunk a lane and what its source has on the way. The buffer's content is a function of the cursors,
-so a resumed run needs no copy of it.
+What is in memory is what the lanes have not drawn yet, and what their source has on the way. The buffer's content is a
+function of the cursors, so a resumed run needs no copy of it.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,8 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchsae_ray.data.chunks import Demand, LaneOrder, Wanted
+from patchsae_ray.data.chunks import LANE_BLOCKS, Chunk, Demand, LaneOrder
 from patchsae_ray.errors import UserError
+
+WINDOW_STEPS = 64
+"""Successive batches whose images are counted together: PatchSAE calls a latent dead after as many without firing."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,10 @@ class TokenBatch:
     """[m] bool, None where no token is CLS."""
     cursors: np.ndarray
     """[L, 2] int64 after the batch, of this worker's lanes; 0 for the others."""
-    distinct_images: int
-    """Images that its tokens come from."""
+    images: np.ndarray
+    """[i] int64: the images that its tokens come from, by position, each once."""
+    window_images: np.ndarray | None
+    """The images of the last WINDOW_STEPS batches, after every so many; None in between."""
     bad: list[tuple[int, str, str]]
     """Unreadable images that were met."""
 
@@ -59,15 +63,45 @@ class TokenBatch:
 
 
 class _Lane:
-    """A lane's chunk, and how far it is drawn."""
+    """A lane's chunk: its tokens in the order of their draws, in blocks that are let go once they are used up."""
 
     def __init__(self) -> None:
-        self.tokens = torch.empty(0, 0)  # [n * t, d]
-        self.draws = np.zeros((0, 1), dtype=np.int64)
+        self._draws = np.zeros((0, 1), dtype=np.int64)
+        self._blocks: list[tuple[int, Tensor]] = []
+        self._positions = np.zeros(0, np.int64)
+        self._tokens_per_image = 1
 
-    def fill(self, order: LaneOrder, one: Wanted, content: ChunkTokens) -> None:
-        self.draws = order.draws(one.epoch, one.chunk, len(content.values))
-        self.tokens = content.values.flatten(0, 1)
+    def fill(self, order: LaneOrder, chunk: Chunk, content: ChunkTokens, offset: int) -> None:
+        """Take a chunk of which `offset` draws were taken before."""
+        self._draws = draws = order.draws(chunk, len(content.values))
+        self._positions, self._tokens_per_image = content.positions, order.drawing.tokens_per_image
+        tokens = content.values.flatten(0, 1)
+        size = max(1, -(-len(draws) // LANE_BLOCKS))
+        starts = range(offset // size * size, len(draws), size)
+        self._blocks = [(start, tokens[torch.from_numpy(draws[start : start + size].reshape(-1))]) for start in starts]
+
+    def empty(self) -> None:
+        """Let go of everything."""
+        self._draws, self._blocks = np.zeros((0, 1), dtype=np.int64), []
+
+    def __len__(self) -> int:
+        return len(self._draws)
+
+    @property
+    def held_tokens(self) -> int:
+        return sum(len(tokens) for _, tokens in self._blocks)
+
+    def take(self, offset: int, most: int) -> tuple[list[Tensor], np.ndarray, np.ndarray]:
+        """Up to `most` draws from `offset` on: their tokens, the tokens' places in their images, and the images."""
+        draws = self._draws[offset : offset + most]
+        end, width, pieces = offset + len(draws), draws.shape[1], []
+        for start, tokens in self._blocks:
+            low, high = (max(0, (edge - start) * width) for edge in (offset, end))
+            if low < len(tokens) and high > low:
+                pieces.append(tokens[low:high])
+        self._blocks = [(start, tokens) for start, tokens in self._blocks if (end - start) * width < len(tokens)]
+        image, place = np.divmod(draws.reshape(-1), self._tokens_per_image)
+        return pieces, place, self._positions[np.unique(image)]
 
 
 class TokenMixer:
@@ -87,7 +121,7 @@ class TokenMixer:
         order: LaneOrder,
         lanes: Sequence[int],
         demand: Demand,
-        source: Iterator[tuple[Wanted, ChunkTokens]],
+        source: Iterator[tuple[Chunk, ChunkTokens]],
         cursors: np.ndarray,
         cls_place: int | None,
     ) -> None:
@@ -96,10 +130,13 @@ class TokenMixer:
         self._cursors = np.zeros_like(cursors)
         self._cursors[list(lanes)] = cursors[list(lanes)]
         self._filled = dict.fromkeys(lanes, -1)
-        self._early: dict[tuple[int, int], tuple[Wanted, ChunkTokens]] = {}
+        self._early: dict[tuple[int, int], tuple[Chunk, ChunkTokens]] = {}
         self._bad: list[tuple[int, str, str]] = []
+        self._window: list[np.ndarray] = []
         self.most_tokens = 0
         """Largest number of tokens held so far."""
+        self.chunks_filled = 0
+        """Chunks that the lanes have taken so far."""
 
     def step(self, step: int) -> TokenBatch:
         """The worker's part of the batch of a step; steps are asked for in order.
@@ -108,73 +145,55 @@ class TokenMixer:
         """
         shares = self._order.shares(step)
         pieces: list[Tensor] = []
-        places: list[np.ndarray] = []
-        distinct = 0
-        t = self._order.drawing.tokens_per_image
+        places, images = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for lane in self._lanes:
-            for tokens, drawn in self._take(lane, int(shares[lane])):
-                pieces.append(tokens[torch.from_numpy(drawn)])
-                places.append(drawn % t)
-                distinct += len(np.unique(drawn // t))
+            for tokens, place, found in self._take(lane, int(shares[lane])):
+                pieces += tokens
+                places.append(place)
+                images.append(found)
         bad, self._bad = self._bad, []
         x = torch.cat(pieces) if pieces else torch.empty(0, 0)
-        place = np.concatenate(places) if places else np.zeros(0, np.int64)
-        is_cls = None if self._cls_place is None else torch.from_numpy(place == self._cls_place)
-        return TokenBatch(x, is_cls, self._cursors.copy(), distinct, bad)
+        is_cls = None if self._cls_place is None else torch.from_numpy(np.concatenate(places) == self._cls_place)
+        distinct = np.unique(np.concatenate(images))
+        return TokenBatch(x, is_cls, self._cursors.copy(), distinct, self._window_images(step, distinct), bad)
 
-    def _take(self, lane: int, share: int) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """(tokens [n * t, d], places of those drawn) until the share is full, from one chunk after the other."""
+    def _window_images(self, step: int, images: np.ndarray) -> np.ndarray | None:
+        self._window.append(images)
+        if (step + 1) % WINDOW_STEPS:
+            return None
+        window, self._window = self._window, []
+        return np.unique(np.concatenate(window)) if len(window) == WINDOW_STEPS else None
+
+    def _take(self, lane: int, share: int) -> Iterator[tuple[list[Tensor], np.ndarray, np.ndarray]]:
+        """What `_Lane.take` gives until the share is full, from one chunk after the other."""
         held, empty = self._lanes[lane], 0
         while share > 0:
             ordinal, offset = (int(value) for value in self._cursors[lane])
             if self._filled[lane] != ordinal:
-                self._fill(lane, ordinal)
-            drawn = held.draws[offset : offset + share]
-            if len(drawn):
-                yield held.tokens, drawn.reshape(-1)
-            share, offset = share - len(drawn), offset + len(drawn)
-            self._cursors[lane] = (ordinal, offset) if offset < len(held.draws) else (ordinal + 1, 0)
-            empty = 0 if len(drawn) else empty + 1
-            if empty > len(self._order.table):
+                self._fill(lane, ordinal, offset)
+            drawn = min(share, len(held) - offset)
+            if drawn > 0:
+                yield held.take(offset, drawn)
+            share, offset = share - drawn, offset + drawn
+            self._cursors[lane] = (ordinal, offset) if offset < len(held) else (ordinal + 1, 0)
+            empty = 0 if drawn else empty + 1
+            if empty > self._order.grain.num_chunks + 2:
                 raise UserError("no image of the data set can be read")
 
-    def _fill(self, lane: int, ordinal: int) -> None:
+    def _fill(self, lane: int, ordinal: int, offset: int) -> None:
         key = (lane, ordinal)
-        self._lanes[lane].tokens = torch.empty(0, 0)
+        self._filled[lane] = ordinal
+        self._lanes[lane].empty()
+        if not self._order.count(lane, ordinal):
+            return
         while key not in self._early:
-            one, content = next(self._source)
+            chunk, content = next(self._source)
             content.check()
             self._bad += content.bad
-            self._demand.short(one.lane, one.chunk.count - len(content.values))
-            self._early[one.lane, one.ordinal] = one, content
-        self._lanes[lane].fill(self._order, *self._early.pop(key))
-        self._filled[lane] = ordinal
-        held = sum(len(one.tokens) for one in self._lanes.values())
+            self._demand.short(chunk.lane, chunk.count - len(content.values))
+            self._early[chunk.lane, chunk.ordinal] = chunk, content
+        self._lanes[lane].fill(self._order, *self._early.pop(key), offset)
+        self.chunks_filled += 1
+        held = sum(one.held_tokens for one in self._lanes.values())
         early = sum(content.values.shape[0] * content.values.shape[1] for _, content in self._early.values())
         self.most_tokens = max(self.most_tokens, held + early)
-
-
-def expected_distinct_images(num_images: int, tokens_per_image: int, batch_tokens: int) -> float:
-    """Distinct images among `batch_tokens` tokens drawn at random from all tokens of a data set, without replacement.
-
-    n (1 - C(T - t, B) / C(T, B)) with T = n t: the mean of the hypergeometric occupancy.
-    """
-    total = num_images * tokens_per_image
-    if batch_tokens > total - tokens_per_image:
-        return float(num_images)
-
-    def log_choose(count: int) -> float:
-        return math.lgamma(count + 1) - math.lgamma(count - batch_tokens + 1)
-
-    return num_images * -math.expm1(log_choose(total - tokens_per_image) - log_choose(total))
-
-
-def distinct_images(order: LaneOrder, steps: int) -> np.ndarray:
-    """Distinct images in each of the first steps' batches, every image readable: the order alone, without tokens."""
-    lanes = range(order.lanes)
-    cursors = np.zeros((order.lanes, 2), dtype=np.int64)
-    demand = Demand(order, lanes, cursors)
-    t = order.drawing.tokens_per_image
-    blank = ((one, ChunkTokens(torch.zeros(one.chunk.count, t, 0), np.arange(one.chunk.count))) for one in demand)
-    mixer = TokenMixer(order, lanes, demand, blank, cursors, None)
-    return np.array([mixer.step(step).distinct_images for step in range(min(steps, order.steps))])

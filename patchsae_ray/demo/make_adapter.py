@@ -113,7 +113,7 @@ def learn(
         losses = []
         for rows in torch.randperm(len(images.labels)).split(4):
             tower.prompts = learner.vision_prompts()
-            embedding = tower._blocks_from_hook(tower._blocks_to_hook(images.pixels[rows]))
+            embedding = tower(images.pixels[rows])
             classifier = prompted_classifier(clip, config, images.classnames, f"{CTX_INIT}", learner.text_prompts())
             loss = cross_entropy(logits(embedding, classifier, scale), images.labels[rows])
             optimiser.zero_grad()

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from patchsae_ray.measure.arrays import Arrays, prefixed, without_prefix
-from patchsae_ray.measure.image_errors import ImageError
 from patchsae_ray.measure.recovered import ZeroShotMetrics
 from patchsae_ray.measure.sums import CompensatedSum
+from patchsae_ray.sae.objective import as_divisor
 from patchsae_ray.sae.ops import ActiveLatents
-from patchsae_ray.sae.window import DENSE_TIMES, log_density
+from patchsae_ray.sae.window import DENSE_TIMES, explained_variance, log_density
 
-_ROUNDING = 1e-14
-"""A variance below this share of sum |x|^2 is what float64 sums of float32 numbers may leave of none."""
+PARTIALS = 2
+"""Version of `EvaluationTotals`' arrays: partial results of another version are not read."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class TokenResult:
 
     num_tokens: int
     mse: float
-    """Mean over tokens and dimensions of (x' - x)^2 / |x|, PatchSAE's normalised error."""
+    """Mean over tokens and dimensions of (x' - x)^2 / |x|, PatchSAE's normalised error; 0 for a token of zeros."""
     explained_variance: float
     """1 - sum |x - x'|^2 / sum |x - mean x|^2, the mean over these very tokens; NaN without variance."""
     explained_variance_legacy: float
-    """Mean over tokens of 1 - |x - x'|^2 / |x|^2: PatchSAE's, about zero instead of the mean."""
+    """Mean over tokens of 1 - |x - x'|^2 / |x|^2: PatchSAE's, about zero instead of the mean; 0 for a token of zeros."""
     cosine: float
     """Mean over tokens of x·x' / (|x| |x'|), 0 where either is 0."""
     l0: float
@@ -62,7 +62,7 @@ class TokenMetrics:
         self.sums = CompensatedSum((num_types, width))
         """[k, d]: sum of x."""
         self.totals = CompensatedSum((num_types, 6))
-        """[k, 6]: |x|^2, |x - x'|^2, mean((x' - x)^2 / |x|), |x - x'|^2 / |x|^2, cosine, sum |z|."""
+        """[k, 6]: |x|^2, |x - x'|^2, mean((x' - x)^2 / |x|), |x - x'|^2 / |x|^2 (1 for a token of zeros), cosine, sum |z|."""
         self.fired = np.zeros((num_types, num_latents), dtype=np.int64)
         """[k, s]: tokens on which each latent is active."""
         self.tokens = np.zeros(num_types, dtype=np.int64)
@@ -76,9 +76,12 @@ class TokenMetrics:
         squares, error = (wide**2).sum(dim=-1), ((other - wide) ** 2).sum(dim=-1)
         norm = squares.sqrt()
         cosine = (wide * other).sum(dim=-1) / (norm * other.norm(dim=-1)).clamp_min(torch.finfo(torch.float64).tiny)
-        terms = torch.stack([squares, error, error / norm / x.shape[-1], error / squares, cosine], dim=-1)  # [n, t, 5]
+        divisor = as_divisor(norm)
+        relative = torch.where(norm > 0, error / divisor**2, 1.0)
+        terms = torch.stack([squares, error, error / divisor / x.shape[-1], relative, cosine], dim=-1)  # [n, t, 5]
         kind = types[active.token.remainder(len(types))]
-        l1 = torch.bincount(kind, weights=active.value.abs().to(torch.float64), minlength=num_types)
+        values = active.value.abs().to(torch.float64)  # summed a type at a time: a GPU's weighed bincount adds in any order
+        l1 = torch.stack([values.masked_fill(kind != one, 0.0).sum() for one in range(num_types)])
         by_type = torch.stack([terms[:, types == one].sum(dim=(0, 1)) for one in range(num_types)])
         self.sums.add(sums_by_type(wide, types, num_types))
         self.totals.add(torch.cat([by_type, l1[:, None]], dim=1).cpu().numpy())
@@ -105,12 +108,11 @@ class TokenMetrics:
     def _of(self, types: slice) -> TokenResult:
         tokens, fired = int(self.tokens[types].sum()), self.fired[types].sum(axis=0)
         squares, error, normalised, relative, cosine, l1 = self.totals.high[types].sum(axis=0).tolist()
-        variance = squares - float((self.sums.high[types].sum(axis=0) ** 2).sum()) / tokens
         never, *density = log_density(fired, tokens).tolist()
         return TokenResult(
             num_tokens=tokens,
             mse=normalised / tokens,
-            explained_variance=1 - error / variance if variance > _ROUNDING * squares else float("nan"),
+            explained_variance=explained_variance(error, squares, self.sums.high[types].sum(axis=0), tokens),
             explained_variance_legacy=1 - relative / tokens,
             cosine=cosine / tokens,
             l0=int(fired.sum()) / tokens,
@@ -149,11 +151,7 @@ class EvaluationTotals:
         """None where nothing was to be classified."""
 
     def add(self, arrays: Arrays) -> None:
-        """Take in what a unit, or another's `to_arrays`, gave.
-
-        Raises: ImageError where a unit's worker met one.
-        """
-        ImageError.raise_from(arrays)
+        """Take in what a unit, or another's `to_arrays`, gave."""
         tokens, zero_shot = without_prefix("tokens", arrays), without_prefix("zero_shot", arrays)
         if tokens and self.tokens is None:
             self.tokens = TokenMetrics.from_arrays(tokens)

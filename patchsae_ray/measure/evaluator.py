@@ -14,7 +14,7 @@ from patchsae_ray.backbone.clip import Backbone
 from patchsae_ray.backbone.zero_shot import logits
 from patchsae_ray.measure.arrays import Arrays
 from patchsae_ray.measure.evaluation import EvaluationTotals, TokenMetrics, sums_by_type
-from patchsae_ray.measure.image_errors import ImageError
+from patchsae_ray.measure.image_errors import check_finite, check_labels
 from patchsae_ray.measure.recovered import ZeroShotMetrics, conditions_of
 from patchsae_ray.measure.residuals import ResidualBatches
 from patchsae_ray.measure.stages import StageTimer
@@ -51,11 +51,7 @@ class MeanTotals:
         """[k]."""
 
     def add(self, arrays: Arrays) -> None:
-        """Take in what a unit, or another's `to_arrays`, gave.
-
-        Raises: ImageError where a unit's worker met one.
-        """
-        ImageError.raise_from(arrays)
+        """Take in what a unit, or another's `to_arrays`, gave."""
         found = CompensatedSum.from_stacked(arrays["sums"])
         if self.sums is None:
             self.sums, self.tokens = found, arrays["tokens"]
@@ -104,7 +100,7 @@ class ResidualSummer:
         """
         sums, timer = CompensatedSum((len(self._names), self._width)), StageTimer(self._device)
         for rows, residual in self._residuals.of(pixels, timer):
-            _check_finite("residuals", residual, positions[rows])
+            check_finite(positions[rows], residuals=residual)
             sums.add(sums_by_type(residual[:, self._tokens].to(torch.float64), self._types, len(self._names)))
             timer.mark("reduce")
             if report is not None:
@@ -149,23 +145,20 @@ class Evaluator:
             labels: [n] int64, -1 without one; such an image is not classified.
             report: told the number of images done so far.
 
-        Raises: ImageError for residuals or scores that are not finite, and where a label has no class.
+        Raises: ImageError for residuals, reconstructions or scores that are not finite, and where a label has no class.
         """
         totals, timer = EvaluationTotals(), StageTimer(self._device)
         tokens = totals.tokens = TokenMetrics(len(self._names), self._sae.d_in, self._sae.d_sae)
         if self._head is not None:
             num_classes = len(self._head.classifier)
-            for index in np.flatnonzero(labels >= num_classes)[:1].tolist():
-                raise ImageError(
-                    int(positions[index]), f"its label is {labels[index]}, but there are {num_classes} class names"
-                )
+            check_labels(positions, labels, num_classes)
             totals.zero_shot = ZeroShotMetrics(len(self._conditions), num_classes)
         for rows, whole in self._residuals.of(pixels, timer):
-            _check_finite("residuals", whole, positions[rows])
+            check_finite(positions[rows], residuals=whole)
             for start in range(rows.start, rows.stop, self._images_at_once):
                 part = slice(start, min(start + self._images_at_once, rows.stop))
                 residual = whole[part.start - rows.start : part.stop - rows.start].to(torch.float32)
-                reconstruction = self._measure(residual, tokens, timer)
+                reconstruction = self._measure(residual, positions[part], tokens, timer)
                 if totals.zero_shot is not None:
                     self._classify(residual, reconstruction, positions[part], labels[part], totals.zero_shot)
                     timer.mark("from_hook")
@@ -175,12 +168,13 @@ class Evaluator:
         timer.mark("reduce")
         return arrays, timer.seconds
 
-    def _measure(self, residual: Tensor, tokens: TokenMetrics, timer: StageTimer) -> Tensor:
+    def _measure(self, residual: Tensor, positions: np.ndarray, tokens: TokenMetrics, timer: StageTimer) -> Tensor:
         """Take in residuals; returns the measured tokens' reconstruction."""
         x = residual[:, self._tokens]
         active = active_latents(self._sae, x)
         timer.mark("encode")
         reconstruction = sparse_decode(self._sae, active).view(x.shape)
+        check_finite(positions, reconstructions=reconstruction)
         timer.mark("decode_latents")
         tokens.update(x, reconstruction, active, self._types)
         timer.mark("reduce")
@@ -205,13 +199,5 @@ class Evaluator:
                 replaced[:, chosen] = values[condition.what][:, chosen]
         scores = logits(self._backbone.from_hook(variants.flatten(0, 1)), head.classifier, head.logit_scale)
         scores = scores.view(len(variants), len(where), -1)
-        _check_finite("scores", scores.transpose(0, 1), positions[labelled])
+        check_finite(positions[labelled], scores=scores.transpose(0, 1))
         into.update(scores, torch.from_numpy(labels[labelled]).to(self._device))
-
-
-def _check_finite(what: str, values: Tensor, positions: np.ndarray) -> None:
-    """Raises: ImageError for the first image of values [n, …] which are not all finite."""
-    bad = ~values.isfinite().flatten(1).all(dim=1)
-    if bool(bad.any()):
-        said = f"its {what} are not finite (NaN or infinite); --precision fp32, or whole --clip_weights, would be right"
-        raise ImageError(int(positions[int(bad.nonzero()[0, 0])]), said)

@@ -8,6 +8,7 @@ import torch
 
 from patchsae_ray.backbone.clip import Backbone
 from patchsae_ray.measure.arrays import Arrays, prefixed, without_prefix
+from patchsae_ray.measure.image_errors import check_finite
 from patchsae_ray.measure.latents import LatentStatistics
 from patchsae_ray.measure.quality import ReconstructionQuality
 from patchsae_ray.measure.residuals import ResidualBatches
@@ -88,6 +89,8 @@ class Extractor:
             positions: [n] int64.
             labels: [n] int64, -1 without one.
             report: told the number of images done so far, after each batch.
+
+        Raises: ImageError for residuals or latents that are not finite.
         """
         settings = self._settings
         statistics = LatentStatistics(self._sae.d_sae, settings.top_k, self._type_sizes, len(settings.thresholds), self._device)
@@ -95,9 +98,11 @@ class Extractor:
         sampled = np.isin(positions, settings.quality_positions)
         timer = StageTimer(self._device)
         for rows, residual in self._residuals.of(pixels, timer):
+            check_finite(positions[rows], residuals=residual)
             x = residual[:, self._tokens]
             keep = torch.from_numpy(sampled[rows]).to(self._device) if sampled[rows].any() else None
             reduced, active = reduce_latents(self._sae, x, settings.thresholds, self._types, keep)
+            check_finite(positions[rows], latents=reduced.means)
             timer.mark("encode")
             statistics.update(reduced, torch.from_numpy(positions[rows]), torch.from_numpy(labels[rows]))
             timer.mark("reduce")

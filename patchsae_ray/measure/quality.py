@@ -8,6 +8,8 @@ from torch import Tensor
 
 from patchsae_ray.measure.arrays import Arrays
 from patchsae_ray.measure.sums import CompensatedSum
+from patchsae_ray.sae.objective import as_divisor
+from patchsae_ray.sae.window import explained_variance
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class QualityResult:
     explained_variance: float
     """1 - sum |x - x'|^2 / sum |x - mean x|^2, the mean over all tokens measured; NaN without variance."""
     mse: float
-    """Mean over tokens and dimensions of (x' - x)^2 / |x|, PatchSAE's normalised error."""
+    """Mean over tokens and dimensions of (x' - x)^2 / |x|, PatchSAE's normalised error; 0 for a token of zeros."""
     l0: float
     """Mean number of active latents a token."""
     l1: float
@@ -45,7 +47,7 @@ class ReconstructionQuality:
         """Take in tokens x [m, d], their reconstruction [m, d], and the values of their active latents."""
         x, error = x.to(torch.float64), (reconstruction - x).to(torch.float64) ** 2
         self.sums.add(x.sum(dim=0).cpu().numpy())
-        normalised = (error / x.norm(dim=-1, keepdim=True)).mean(dim=-1).sum()
+        normalised = (error / as_divisor(x.norm(dim=-1, keepdim=True))).mean(dim=-1).sum()
         values = latents.to(torch.float64)
         totals = [(x**2).sum(), error.sum(), normalised, (values > 0).sum(), values.sum()]
         self.totals.add(np.array([float(total) for total in totals]))
@@ -63,8 +65,7 @@ class ReconstructionQuality:
         if tokens == 0:
             return None
         squares, error, normalised, active, l1 = (float(total) for total in self.totals.high)
-        variance = squares - float((self.sums.high**2).sum()) / tokens
-        explained = 1 - error / variance if variance > 0 else float("nan")
+        explained = explained_variance(error, squares, self.sums.high, tokens)
         return QualityResult(images, tokens, explained, normalised / tokens, active / tokens, l1 / tokens)
 
     def to_arrays(self) -> Arrays:

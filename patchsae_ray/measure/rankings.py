@@ -23,7 +23,8 @@ RANKINGS = {
 }
 _BY_COUNTS = ("class", "dataset", "predicted")
 MAX_ORDERS = 100
-CACHE_BYTES = 256 * 2**20
+CACHE_BYTES = 2**30
+"""Of the orders kept by class: all 1,000 classes of 49,152 latents take 98 MB, and 10,922 fit. Others are made anew."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ class Ranker:
         self, counts: np.ndarray | None, num_latents: int, seed: int, device: str, cross: np.ndarray | None = None
     ) -> None:
         self._counts, self._cross, self._num_latents, self._seed, self._device = counts, cross, num_latents, seed, device
-        self._of_class = lru_cache(maxsize=max(16, CACHE_BYTES // (8 * num_latents)))(self._make_of_class)
+        self._compact = torch.int16 if num_latents <= 2**16 else torch.int32
+        row_bytes = num_latents * self._compact.itemsize
+        self._of_class = lru_cache(maxsize=max(16, CACHE_BYTES // row_bytes))(self._make_of_class)
         self._of_dataset = lru_cache(maxsize=1)(self._make_of_dataset)
         self._random = lru_cache(maxsize=MAX_ORDERS)(self._make_random)
 
@@ -97,10 +100,12 @@ class Ranker:
         if ranking.name == "image":
             return [_places(torch.argsort(means(), dim=1, descending=True, stable=True))]
         classes = predicted if ranking.name == "predicted" else labels
-        return [torch.stack([self._of_class(label, ranking.name == "cross") for label in classes])]
+        rows = torch.stack([self._of_class(label, ranking.name == "cross") for label in classes]).to(torch.int64)
+        return [rows & 0xFFFF if self._compact == torch.int16 else rows]
 
     def _make_of_class(self, label: int, cross: bool) -> Tensor:
-        return self._by(_known(self._cross if cross else self._counts)[:, label])
+        """[s] in two bytes where they do: places from 2^15 on wrap to negative ones, whose low 16 bits are the place."""
+        return self._by(_known(self._cross if cross else self._counts)[:, label]).to(self._compact)
 
     def _make_of_dataset(self) -> Tensor:
         return self._by(_known(self._counts).sum(axis=1))

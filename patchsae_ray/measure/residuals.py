@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from patchsae_ray.backbone.clip import Backbone
+from patchsae_ray.measure.compiling import Compiled
 from patchsae_ray.measure.stages import StageTimer
 
 
 class ResidualBatches:
-    """The tower up to the hook, over a unit's pixels.
+    """The tower up to the hook, over a unit's pixels; with or without gradients, as the caller has it.
 
-    On a GPU the tower is compiled, and the next batch's pixels are copied while this one's are worked on; the last batch
-    of a unit is filled up with blank images so that there is one shape to compile for.
+    On a GPU the tower is compiled where that is possible, and the next batch's pixels are copied while this one's are worked
+    on; the last batch of a unit is filled up with blank images so that there is one shape to compile for.
 
     Args:
         backbone: the frozen tower.
@@ -26,7 +27,7 @@ class ResidualBatches:
         self._batch_size, self._device = batch_size, device
         self._to_hook: Callable[[Tensor], Tensor] = backbone.to_hook
         if device == "cuda":
-            self._to_hook = torch.compile(backbone.to_hook, dynamic=False)
+            self._to_hook = Compiled(backbone.to_hook, "the vision tower")
 
     def of(self, pixels: np.ndarray, timer: StageTimer) -> Iterator[tuple[slice, Tensor]]:
         """Rows of the unit, and their residuals [n, t, d].

@@ -20,10 +20,10 @@ from patchsae_ray.data.activations import (
 )
 from patchsae_ray.data.catalog import open_dataset
 from patchsae_ray.data.manifest import Manifest
-from patchsae_ray.data.mixing import ChunkTokens
 from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.arrays import Arrays
+from patchsae_ray.measure.image_errors import check_finite
 from patchsae_ray.names import ActivationDtype, Tokens
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.model import LoadedModel, PortableModel, load_model
@@ -62,7 +62,10 @@ class CacheWorker:
         self._tower = ChunkTower(backbone, backbone.token_slice(task.tokens), task.dtype, task.batch_size, device)
 
     def process(self, unit: DecodedUnit, report: Callable[[int], None]) -> tuple[Arrays, dict[str, float]]:
-        """Write a unit's file unless an earlier run has; its number of images and of bytes, and stage times."""
+        """Write a unit's file unless an earlier run has; its number of images and of bytes, and stage times.
+
+        Raises: ImageError for activations that are not finite.
+        """
         task, uri = self._task, unit_file(self._task.folder, unit.index)
         self._tower.timer.seconds = {}
         self._tower.timer.mark("idle")
@@ -75,7 +78,7 @@ class CacheWorker:
             parts.append(self._tower.tokens(unit.pixels[low:high]))
             report(int(high))
         residual = torch.cat(parts) if parts else self._tower.tokens(unit.pixels)
-        ChunkTokens(residual, unit.positions).check()
+        check_finite(unit.positions, activations=residual)
         data = unit_bytes(residual, unit.positions, unit.bad, task.key)
         storage.patiently(lambda: create(uri, data))
         self._tower.timer.mark("write")
@@ -167,8 +170,7 @@ def _run(settings: CacheSettings, model: LoadedModel, manifest: Manifest, sessio
         "wall_seconds": wall, "images_per_second": kept.images_per_second(),
     }  # fmt: skip
     files = {CACHE_FILE: record.to_json(), ERRORS_FILE: errors_parquet(kept.bad)}
-    spent = storage.join(session.folder.uri, "bundles", key)
-    return Made(files, summary, summary, {"source": manifest.source, **kept.record()}, spent=spent)
+    return Made(files, summary, summary, {"source": manifest.source, **kept.record()}, spent=kept.bundles)
 
 
 def _write_given_up(kept: Pass, manifest: Manifest, folder: str, key: str, nothing: torch.Tensor) -> None:
@@ -200,7 +202,13 @@ def cache_identity(settings: CacheSettings, model: LoadedModel, manifest: Manife
         "tokens": settings.tokens,
         "activation_dtype": settings.activation_dtype,
         "clip_batch_size": settings.batch_size,
+        **_cut_of(manifest),
     }
+
+
+def _cut_of(manifest: Manifest) -> dict[str, str]:
+    """What unit files depend on beside their images; nothing where units are the 512 images that every version cut."""
+    return {"units": manifest.cut} if manifest.cut else {}
 
 
 def cache_folder(settings: CacheSettings, model: LoadedModel, identity: dict[str, Any]) -> str:
@@ -223,6 +231,10 @@ def open_cache(settings: TrainSettings, model: LoadedModel, manifest: Manifest) 
                 f"--activations {folder} is of another {_CALLED.get(name, name)} ({str(record.identity.get(name))[:24]} there, "
                 f"{str(value)[:24]} here)"
             )
+    if record.identity.get("units", "") != manifest.cut:
+        raise UserError(
+            f"--activations {folder} is of other units of the same images; jobs/cache_activations.py would make one that fits"
+        )
     cached_tokens(record, settings, model)
     if record.dtype == "bf16" and settings.activation_dtype == "fp32":
         raise UserError(f"--activations {folder} holds bf16, --activation_dtype is fp32; bf16 would be right")

@@ -1,47 +1,31 @@
-"""Ray: reaching a cluster, and a plan of who gets what on it."""
+"""Ray: reaching a cluster, and seeing what it has."""
 
 import logging
-import math
 import os
 import socket
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Sequence
 
 import ray
 import ray.data  # configures its loggers on import, so before they are quietened
+from ray.autoscaler.sdk import request_resources
 
 from patchsae_ray.errors import UserError, first_line
+from patchsae_ray.pipelines.planning import Cluster, Node, Plan, Wishes, plan
+from patchsae_ray.pipelines.progress import duration
 from patchsae_ray.settings import ModelSettings, PoolSettings
 from patchsae_ray.signals import handler_kept
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Plan:
-    """Actors that run the model, and what decoding gets beside them.
-
-    Actors never take every CPU: decoding would starve and the job hang. An actor's CPU request differs from decoding's, so
-    that Ray Data keeps the two stages apart.
-    """
-
-    device: str
-    min_actors: int
-    max_actors: int
-    actor_cpus: float
-    actor_gpus: float
-    decode_cpus: float
-    threads: int
-    """Torch threads in an actor."""
-    precision: str
-    """fp32 or bf16."""
-
-    def describe(self) -> str:
-        number = f"{self.min_actors}" if self.min_actors == self.max_actors else f"{self.min_actors} to {self.max_actors}"
-        gpus = f", {self.actor_gpus:g} GPU" if self.actor_gpus else ""
-        return (
-            f"{self.precision}, {number} {self.device} actor{'s' * (self.max_actors != 1)} with {self.actor_cpus:g} CPU{gpus} "
-            f"and {self.threads} thread{'s' * (self.threads != 1)} each, {self.decode_cpus:g} CPU a decode task"
-        )
+SCALE_SECONDS = 600.0
+"""How long a cluster without CPUs is given to start its first machine."""
+SCALE_POLL_SECONDS = 5.0
+SETTLE_SECONDS = 5.0
+"""How long GPUs that seem to be taken may be those of a pass that has just ended."""
+MOST_ADDABLE = 1000
+"""Machines of a group that are planned for, at most."""
 
 
 def join(settings: ModelSettings) -> Plan:
@@ -53,9 +37,9 @@ def join(settings: ModelSettings) -> Plan:
     wishes = Wishes()
     if isinstance(settings, PoolSettings):
         wishes = Wishes(settings.worker_bounds(), settings.num_gpus, settings.decode_cpus)
-    plan = make_plan(settings.device, settings.precision, wishes)
-    log.info("Ray: %s", plan.describe())
-    return plan
+    made = make_plan(settings.device, settings.precision, wishes)
+    log.info("Ray: %s", made.describe())
+    return made
 
 
 def connect(address: str | None) -> None:
@@ -101,80 +85,85 @@ def _probe(address: str) -> None:
         raise UserError(f"--ray_address {address}: no Ray cluster answers there ({first_line(error)})") from error
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """What the settings ask for; None is planned."""
-
-    workers: tuple[int, int] | None = None
-    num_gpus: float | None = None
-    decode_cpus: float | None = None
-
-
 def make_plan(device: str, precision: str = "auto", wishes: Wishes | None = None) -> Plan:
-    """Shares for the cluster that `connect` joined.
+    """`planning.plan` for the cluster that `connect` joined; waits for its first machine with CPUs, if it has none yet.
+
+    Raises: UserError as `plan`, or where no machine with CPUs comes.
+    """
+    found, said = plan(wait_for_cpus(), device, precision, wishes)
+    if said:
+        log.info("Ray: %s", said)
+    return found
+
+
+def wait_for_cpus() -> Cluster:
+    """What the cluster has, once it has CPUs or its autoscaler declares that it may add some.
+
+    Raises: UserError where none come for `SCALE_SECONDS`, though they were asked for.
+    """
+    found = describe()
+    if _has_cpus(found):
+        return found
+    log.info("Ray: the cluster has no CPUs yet; waiting up to %s for a machine with some", duration(SCALE_SECONDS))
+    request_resources(num_cpus=1)
+    try:
+        deadline = time.monotonic() + SCALE_SECONDS
+        while not _has_cpus(found):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the Ray cluster has no CPUs to decode images on, and none came in {duration(SCALE_SECONDS)}; "
+                    "machines with CPUs, or an autoscaler that adds them, would be right"
+                )
+            time.sleep(SCALE_POLL_SECONDS)
+            found = describe()
+    finally:
+        request_resources(num_cpus=0)
+    return found
+
+
+def _has_cpus(cluster: Cluster) -> bool:
+    return any(node.cpus > 0 for node in cluster.everything)
+
+
+def describe() -> Cluster:
+    """What the cluster that `connect` joined has, may add, and has lent to other jobs."""
+    alive = [Node(*(node["Resources"].get(what, 0.0) for what in ("CPU", "GPU"))) for node in ray.nodes() if node["Alive"]]
+    return Cluster(tuple(alive), addable(alive, _declared_groups()), _free_gpus(sum(node.gpus for node in alive)))
+
+
+def addable(alive: Sequence[Node], groups: Sequence[tuple[Node, int]]) -> tuple[Node, ...]:
+    """Nodes that an autoscaler may still add.
 
     Args:
-        device: `--device`; auto takes the GPUs if there are any.
-        precision: `--precision`; auto is bf16 on a GPU and fp32 on a CPU.
-        wishes: `--workers`, `--num_gpus`, `--decode_cpus`.
-
-    Raises: UserError where CUDA is asked for and there is no GPU to have, or the wishes leave no CPU to decode on.
+        alive: nodes that are there.
+        groups: (what a node of it has, how many there may be in all) of each of the autoscaler's groups of nodes.
     """
-    wishes = wishes or Wishes()
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    cpus = [count for count in nodes if count > 0]
-    if not cpus:
-        raise UserError("the Ray cluster has no CPUs to decode images on")
-    if device == "cuda" and gpus == 0 and wishes.workers is None:
-        raise UserError(
-            "--device cuda: the cluster has no GPU; cpu or auto would be right, or --workers MIN:MAX where it will grow some"
-        )
-    if device != "cpu" and (gpus > 0 or device == "cuda"):
-        return _gpu_plan(gpus, sum(cpus), precision, wishes)
-    if wishes.num_gpus:
-        raise UserError(f"--num_gpus {wishes.num_gpus:g}: the model runs on CPUs here (--device {device}, {gpus:g} GPUs)")
-    return _cpu_plan(cpus, precision, wishes)
+    left = Counter(alive)
+    found: list[Node] = []
+    for node, most in groups:
+        there = min(left[node], most)
+        left[node] -= there
+        found += [node] * min(most - there, MOST_ADDABLE)
+    return tuple(found)
 
 
-def _gpu_plan(gpus: float, cpus: float, precision: str, wishes: Wishes) -> Plan:
-    each = 1.0 if wishes.num_gpus is None else wishes.num_gpus
-    if each == 0:
-        raise UserError("--num_gpus 0: an actor on a GPU needs some of it; 1, or a fraction, would be right")
-    low, high = wishes.workers or (max(1, int(gpus / each)),) * 2
-    actor_cpus = 1.0 if cpus - high >= 1 else round(cpus / (2 * high), 3)
-    decode_cpus = wishes.decode_cpus or _decode_cpus(cpus - high * actor_cpus, actor_cpus)
-    if decode_cpus == actor_cpus:
-        actor_cpus = round(0.9 * actor_cpus, 3)
-    return Plan("cuda", low, high, actor_cpus, each, decode_cpus, 1, resolve_precision(precision, "cuda"))
+def _declared_groups() -> list[tuple[Node, int]]:
+    config = ray._private.state.state.get_cluster_config()  # as Ray Data and Ray Train read it; there is no public way
+    groups = config.node_group_configs if config is not None else []
+    sizes = [(dict(group.resources), int(group.max_count)) for group in groups]
+    return [
+        (Node(float(has.get("CPU", 0)), float(has.get("GPU", 0))), most if most >= 0 else MOST_ADDABLE) for has, most in sizes
+    ]
 
 
-def _cpu_plan(cpus: list[float], precision: str, wishes: Wishes) -> Plan:
-    smallest = min(cpus)
-    low, high = wishes.workers or (len(cpus), len(cpus))
-    on_a_node = max(1, math.ceil(high / len(cpus)))
-    room = wishes.decode_cpus
-    if room is None:
-        share = 1.0 if on_a_node == 1 else smallest / 4
-        room = min(1.0, share) if smallest >= 2 else smallest / 2
-    if room >= smallest:
-        raise UserError(f"--decode_cpus {room:g}: the smallest machine has {smallest:g} CPUs, and the model needs some of them")
-    actor_cpus = math.floor(1000 * (smallest - room) / on_a_node) / 1000
-    decode_cpus = wishes.decode_cpus or _decode_cpus(smallest - on_a_node * actor_cpus, actor_cpus)
-    if decode_cpus == actor_cpus:
-        actor_cpus = round(0.9 * actor_cpus, 3)
-    threads = max(1, int(smallest // on_a_node))
-    return Plan("cpu", low, high, actor_cpus, 0.0, decode_cpus, threads, resolve_precision(precision, "cpu"))
-
-
-def _decode_cpus(left: float, actor_cpus: float) -> float:
-    wanted = min(1.0, max(0.25, left / 2))
-    return wanted if wanted != actor_cpus else wanted / 2
-
-
-def resolve_precision(precision: str, device: str) -> str:
-    """`--precision auto` is bf16 on a GPU and fp32 on a CPU."""
-    return ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision
+def _free_gpus(held: float) -> float:
+    """GPUs that no job holds; what an earlier pass of this process lets go of is waited for a little."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        free = float(ray.available_resources().get("GPU", 0.0))
+        if free >= held or time.monotonic() > deadline:
+            return free
+        time.sleep(0.5)
 
 
 def possible_precisions(precision: str) -> list[str]:

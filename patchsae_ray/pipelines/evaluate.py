@@ -6,8 +6,6 @@ the second does everything else. Each commits under a run key of its own, so nei
 
 import logging
 import posixpath
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +17,8 @@ from patchsae_ray.data.catalog import find_entry, open_dataset
 from patchsae_ray.data.kept import keep
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
-from patchsae_ray.measure.evaluation import EvaluationTotals
+from patchsae_ray.measure.evaluation import PARTIALS, EvaluationTotals
 from patchsae_ray.measure.evaluator import MeanTotals
-from patchsae_ray.measure.image_errors import ImageError
 from patchsae_ray.measure.recovered import conditions_of
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.evaluate_outputs import (
@@ -110,7 +107,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     def work(session: Session) -> Made:
         run = _Run(settings, replace(inputs, manifest=keep(inputs.manifest)), session)
         totals, kept = run.measure()
-        spent.append(storage.join(uri, "bundles", run.means_key))
+        spent.extend(run.spent)
         types = inputs.model.token_types(settings.tokens)
         found = totals.tokens.result(types) if totals.tokens else {}
         if totals.tokens is None or not found:
@@ -124,7 +121,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
             summary,
             {**evaluation_metrics(rows), "images_per_second": kept.images_per_second()},
             kept.record(),
-            spent=storage.join(uri, "bundles", session.folder.key),
+            spent=kept.bundles,
         )
 
     summary = run_once(settings, folders, work)
@@ -141,11 +138,14 @@ class _Run:
         manifest = inputs.manifest
         wanted = min(settings.eval_images or manifest.num_images, manifest.num_images)
         self._read: Manifest = manifest
-        self.chosen = Chosen(None, None)
+        self.chosen = Chosen(None)
         if wanted < manifest.num_images:
             self._read, self.chosen = narrowed(manifest, sample_positions(manifest.num_images, wanted, settings.seed))
         self._model = inputs.model.portable(session.plan.precision)
-        self.means_key = run_key({**session.folder.identity, "pass": "means"})
+        self._means_key = run_key({**session.folder.identity, "pass": "means"})
+        self._key = run_key({**session.folder.identity, "partials": PARTIALS})
+        self.spent: list[str] = []
+        """Folders of the first pass's bundles."""
         log.info("evaluate: %s of %s images of %s", f"{wanted:,}", f"{manifest.num_images:,}", manifest.source)
 
     def measure(self) -> tuple[EvaluationTotals, Pass]:
@@ -156,12 +156,13 @@ class _Run:
         settings = self._settings
         head = self._head() if self._inputs.classified else None
         task = EvaluateTask(self._model, self.chosen, settings.tokens, settings.batch_size, head)
-        return self._pass("evaluate", task, EvaluationTotals, self._session.folder.key)
+        return self._pass("evaluate", task, EvaluationTotals, self._key)
 
     def _head(self) -> HeadArrays:
         settings, model, plan = self._settings, self._inputs.model, self._session.plan
         task = MeansTask(replace(self._model, sae=None), self.chosen, settings.tokens, settings.batch_size)
-        totals, _ = self._pass("evaluate: means", task, MeanTotals, self.means_key)
+        totals, kept = self._pass("evaluate: means", task, MeanTotals, self._means_key)
+        self.spent.append(kept.bundles)
         means = totals.means()
         if means is None:
             raise UserError(f"{self._inputs.manifest.source}: no image could be read, so there is nothing to measure")
@@ -174,25 +175,10 @@ class _Run:
 
     def _pass(self, what: str, task: UnitTask, totals: type[T], key: str) -> tuple[T, Pass]:
         settings, image_size = self._settings, self._inputs.model.config.image_size
-        with self._naming_the_image():
-            return UnitPass(
-                what, self._read, image_size, task, totals, self._session, key,
-                settings.max_bad_fraction, settings.no_progress_minutes, settings.commit_seconds,
-            ).run()  # fmt: skip
-
-    @contextmanager
-    def _naming_the_image(self) -> Iterator[None]:
-        """Add the path to an ImageError, which comes out of a task wrapped by Ray."""
-        try:
-            yield
-        except Exception as error:
-            found = getattr(error, "cause", error)
-            if type(found) is not ImageError:
-                raise
-            manifest = self._inputs.manifest
-            unit = manifest.units[manifest.units.at(found.position)]
-            path = manifest.paths(unit)[found.position - unit.start]
-            raise UserError(str(ImageError(found.position, found.said, path))) from error
+        return UnitPass(
+            what, self._read, image_size, task, totals, self._session, key,
+            settings.max_bad_fraction, settings.no_progress_minutes, settings.commit_seconds, whole=self._inputs.manifest,
+        ).run()  # fmt: skip
 
 
 def _about(settings: EvaluateSettings, inputs: EvaluateInputs) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from patchsae_ray.backbone.clip import (
     DEFAULT_BLOCK_LAYER,
     Backbone,
     check_weights,
+    dtype_of,
     resolve_block,
     vision_state,
 )
-from patchsae_ray.backbone.config import BackboneConfig, resolve, strip_openai
+from patchsae_ray.backbone.config import BackboneConfig, is_model_name, is_weights_tag, resolve, strip_openai
 from patchsae_ray.backbone.weights import StateDict, state_digest
 from patchsae_ray.data.catalog import find_entry, open_dataset
 from patchsae_ray.data.manifest import Manifest
@@ -162,14 +163,31 @@ def _backbone_name(settings: ModelSettings, checkpoint: SaeCheckpoint | None) ->
         named = checkpoint.model_name
         if settings.backbone:
             if named and strip_openai(named) != settings.backbone:
-                log.info("--backbone %s is used; %s names %s", settings.backbone, checkpoint.path, named)
+                log.info("--backbone %s is used; %s names %r", settings.backbone, checkpoint.path, named)
             return settings.backbone, settings.clip_weights
         if not named:
             raise UserError(f"--backbone is needed: {checkpoint.path} names no model")
-        return named, settings.clip_weights or checkpoint.config.get("clip_weights")
+        return named, _weights_source(settings, checkpoint, named)
     entry = None if settings.dataset_path else find_entry(settings.dataset_name)
     chosen = settings.backbone or (entry.backbone if entry else None) or PATCHSAE_BACKBONE
     return chosen, settings.clip_weights
+
+
+def _weights_source(settings: ModelSettings, checkpoint: SaeCheckpoint, named: str) -> str | None:
+    """--clip_weights, or open_clip's tag that the checkpoint names beside its model.
+
+    A checkpoint comes from anywhere, so that it may name what is known here, and never a path to open.
+    """
+    weights = checkpoint.config.get("clip_weights")
+    if not is_model_name(named):
+        raise UserError(f"--backbone is needed: {checkpoint.path} names {named!r}, and a path in a checkpoint is not opened")
+    if settings.clip_weights or weights is None:
+        return settings.clip_weights
+    if not is_weights_tag(named, str(weights)):
+        raise UserError(
+            f"--clip_weights is needed: {checkpoint.path} names {weights!r}, and a path in a checkpoint is not opened"
+        )
+    return str(weights)
 
 
 def _hook(settings: ModelSettings, checkpoint: SaeCheckpoint | None, layers: int) -> int:
@@ -183,11 +201,6 @@ def _hook(settings: ModelSettings, checkpoint: SaeCheckpoint | None, layers: int
             "leave the flag out to take that"
         )
     return chosen
-
-
-def dtype_of(precision: str) -> torch.dtype:
-    """fp32, bf16 or fp16 as torch's dtype."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def _tensors(arrays: dict[str, np.ndarray]) -> StateDict:

@@ -1,8 +1,9 @@
 """A results folder: which run made each file, what is done already, what must not be overwritten.
 
 run.json holds `files` (name → run key, digest, job) and `runs` (job → its record). It is updated before the files, with
-what is about to be written under `pending`, and again after them; so a killed job leaves nothing that looks finished.
-Each update is made on what is there at that moment, so that jobs which end together lose nothing of each other's.
+what is about to be written under `pending` and by whom under `begun`, and again after them; so a killed job leaves nothing
+that looks finished. Each update is made on what is there at that moment, and looks again whether the folder has become
+another run's: so jobs which end together lose nothing of each other's, whichever began first.
 """
 
 import hashlib
@@ -45,6 +46,8 @@ class ResultFolder:
     _state: dict[str, Any] = field(default_factory=dict)
     _written: dict[str, dict[str, Any]] = field(default_factory=dict)
     """File name → its entry, of what this run has written so far."""
+    _overwrite: bool = False
+    """Whether another run's results may be replaced, as `check` was told."""
 
     def __post_init__(self) -> None:
         self._state = read_run_file(self.uri)
@@ -71,42 +74,66 @@ class ResultFolder:
         return dict(runs[self._state["files"][next(iter(self.outputs))]["job"]])
 
     def check(self, overwrite: bool) -> None:
-        """Refuse a folder that holds another run's results, as it is now.
+        """Refuse a folder that holds another run's results, as it is now; writing and committing will look again.
 
         Raises: UserError unless `overwrite`.
         """
-        self._state = read_run_file(self.uri)
-        pending = self._state.get("pending", {})
+        self._overwrite = overwrite
+        self._state = storage.patiently(lambda: read_run_file(self.uri))
+        if not overwrite:
+            self._refuse_others(self._state, self._is_there)
+
+    def _refuse_others(self, state: Mapping[str, Any], there: Callable[[str], bool]) -> None:
+        """See that no output is another run's.
+
+        Args:
+            state: run.json.
+            there: whether a file is there, of one that run.json does not know.
+
+        Raises: UserError that names the first, and what differs.
+        """
+        known, pending = state.get("files", {}), state.get("pending", {})
         for name, key in self.outputs.items():
-            entry = self._entry(name)
-            mine = entry["key"] == key if entry else pending.get(name) == key
-            if not mine and not overwrite and storage.exists(storage.join(self.uri, name)):
-                keeps = f", another {self.elsewhere} would keep both" if self.elsewhere else ""
-                raise UserError(
-                    f"{storage.join(self.uri, name)} is another run's ({self._difference(name)}); "
-                    f"--overwrite would replace it{keeps}"
-                )
+            whose = known[name]["key"] if name in known else pending.get(name)
+            if whose == key or (whose is None and not there(name)):
+                continue
+            keeps = f", another {self.elsewhere} would keep both" if self.elsewhere else ""
+            said = self._difference(state, name)
+            raise UserError(f"{storage.join(self.uri, name)} is another run's ({said}); --overwrite would replace it{keeps}")
+
+    def _is_there(self, name: str) -> bool:
+        return storage.patiently(lambda: storage.exists(storage.join(self.uri, name)))
 
     def _entry(self, name: str) -> dict[str, Any] | None:
         entry: dict[str, Any] | None = self._state.get("files", {}).get(name)
         return entry
 
-    def _difference(self, name: str) -> str:
-        entry = self._entry(name)
-        record = self._state.get("runs", {}).get(entry["job"]) if entry else None
-        if entry is None or record is None:
+    def _difference(self, state: Mapping[str, Any], name: str) -> str:
+        entry = state.get("files", {}).get(name)
+        if entry is not None:
+            job, record = entry["job"], state.get("runs", {}).get(entry["job"])
+        else:
+            begun = state.get("begun", {})
+            job = next((job for job, one in begun.items() if name in one["outputs"]), None)
+            record = begun.get(job)
+        if record is None:
             return "run.json says nothing of it"
         theirs = record.get("identity", {})
         differing = [key for key in self.identity if key in theirs and theirs[key] != self.identity[key]]
+        made = f"made by {job}" if entry is not None else f"begun by {job}"
         if not differing:
-            return f"made by {entry['job']}"
+            return made
         key = differing[0]
         return f"{key} {_short(theirs[key])} there, {_short(self.identity[key])} here"
 
     def done_meanwhile(self) -> bool:
         """Whether another driver has finished this very run since it was looked at."""
-        self._state = read_run_file(self.uri)
-        return self.done()
+
+        def look() -> bool:
+            self._state = read_run_file(self.uri)
+            return self.done()
+
+        return storage.patiently(look)
 
     def write(self, name: str, data: bytes) -> None:
         """Write one output. It counts once the run is committed; until then it is this run's unfinished business."""
@@ -123,35 +150,49 @@ class ResultFolder:
         }
 
     def _begin(self) -> None:
-        """Say what is about to be written; what this job wrote under another key and does not write now goes."""
+        """Say what is about to be written; where others' is to be replaced, what this job wrote under another key goes.
+
+        Raises: UserError where the folder has become another run's since it was checked, unless that may be replaced.
+        """
         stale: list[str] = []
 
         def change(state: dict[str, Any]) -> dict[str, Any]:
             known: dict[str, Any] = dict(state.get("files", {}))
-            stale[:] = [name for name, entry in known.items() if entry["job"] == self.job and name not in self.outputs]
-            replaced = [name for name, key in self.outputs.items() if name in known and known[name]["key"] != key]
-            for name in [*stale, *replaced]:
-                known.pop(name)
             runs = dict(state.get("runs", {}))
-            if runs.get(self.job, {}).get("run_key") != self.key:
-                runs.pop(self.job, None)
-            return {"files": known, "runs": runs, "pending": {**state.get("pending", {}), **self.outputs}}
+            stale.clear()
+            if self._overwrite:
+                stale.extend(name for name, entry in known.items() if entry["job"] == self.job and name not in self.outputs)
+                replaced = [name for name, key in self.outputs.items() if name in known and known[name]["key"] != key]
+                for name in [*stale, *replaced]:
+                    known.pop(name)
+                if runs.get(self.job, {}).get("run_key") != self.key:
+                    runs.pop(self.job, None)
+            else:
+                self._refuse_others(state, lambda _: False)
+            mine = {"run_key": self.key, "identity": dict(self.identity), "outputs": sorted(self.outputs)}
+            pending, begun = {**state.get("pending", {}), **self.outputs}, {**state.get("begun", {}), self.job: mine}
+            return {"files": known, "runs": runs, "pending": pending, "begun": begun}
 
         self._update(change)
         for name in stale:
             remove(storage.join(self.uri, name))
 
     def commit(self, record: Mapping[str, Any]) -> None:
-        """Declare the run finished; every output must have been written. What other jobs committed meanwhile stays."""
+        """Declare the run finished; every output must have been written. What other jobs committed meanwhile stays.
+
+        Raises: UserError where another run has taken the folder with --overwrite since this one began to write.
+        """
         missing = set(self.outputs) - set(self._written)
         if missing:
             raise ValueError(f"not written: {', '.join(sorted(missing))}")
         made = {"run_key": self.key, "identity": dict(self.identity), **record}
 
         def change(state: dict[str, Any]) -> dict[str, Any]:
+            self._refuse_others(state, lambda _: True)
             pending = {name: key for name, key in state.get("pending", {}).items() if name not in self.outputs}
+            begun = {job: one for job, one in state.get("begun", {}).items() if job != self.job}
             files, runs = {**state.get("files", {}), **self._written}, {**state.get("runs", {}), self.job: made}
-            return {"files": files, "runs": runs, "pending": pending}
+            return {"files": files, "runs": runs, "pending": pending, "begun": begun}
 
         self._update(change)
 

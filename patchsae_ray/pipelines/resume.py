@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from patchsae_ray import storage
 from patchsae_ray.backbone.weights import state_digest
-from patchsae_ray.errors import UserError
+from patchsae_ray.errors import NotFound, UserError
 from patchsae_ray.pipelines.bundles import BadRows
 from patchsae_ray.writing import create, remove, remove_tree, write_bytes
 
@@ -81,11 +82,10 @@ class ResumeFolder:
         data = save_safetensors(state, metadata=metadata)
         uri = self._file(step, kind)
         if not storage.patiently(lambda: create(uri, data)) and _read(uri, self.key) is None:  # a damaged one is there
-            remove(uri)
-            storage.patiently(lambda: create(uri, data))
+            storage.patiently(lambda: write_bytes(uri, data))
         if kind == "step":
             for old in self.steps()[:-KEPT]:
-                remove(self._file(old, kind))
+                storage.patiently(partial(remove, self._file(old, kind)))
 
     def steps(self, kind: Kind = "step") -> list[int]:
         """Steps of which there is a file, ascending."""
@@ -149,8 +149,8 @@ class ResumeFolder:
             return ""
         ours = json.loads(json.dumps(dict(self.identity), default=str))
         for name in ours:
-            if name in theirs and theirs[name] != ours[name]:
-                return f" ({name} {str(theirs[name])[:24]} there, {str(ours[name])[:24]} here)"
+            if theirs.get(name) != ours[name]:
+                return f" ({name} {str(theirs.get(name, 'not said'))[:24]} there, {str(ours[name])[:24]} here)"
         return ""
 
     def clear(self) -> None:
@@ -165,10 +165,10 @@ def _metadata(data: bytes) -> dict[str, str]:
 
 
 def _read(uri: str, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    data = storage.patiently(lambda: storage.read_bytes(uri))
     try:
+        data = storage.patiently(lambda: storage.read_bytes(uri))
         tensors, metadata = load_safetensors(data), _metadata(data)
-    except (SafetensorError, ValueError):
+    except (SafetensorError, ValueError, NotFound):  # not there: another driver has removed it
         return None
     whole = metadata.get("key") == key and metadata.get("digest") == state_digest(tensors)
     return (tensors, metadata) if whole else None

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines import cluster
-from patchsae_ray.pipelines.cluster import Plan
+from patchsae_ray.pipelines.planning import Plan
 from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished
 from patchsae_ray.redaction import without_secrets
 from patchsae_ray.settings import ModelSettings, as_dict

@@ -13,8 +13,8 @@ from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.measure.arrays import Arrays
 from patchsae_ray.measure.rankings import Ranker
 from patchsae_ray.measure.steering import Steerer, SteeringSettings
-from patchsae_ray.pipelines.cluster import Plan
 from patchsae_ray.pipelines.model import PortableModel
+from patchsae_ray.pipelines.planning import Plan
 
 
 def classifier_rows(

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,16 +14,17 @@ import ray
 import torch
 
 from patchsae_ray.data.activations import DTYPES
-from patchsae_ray.data.chunks import Chunk, LaneOrder, Wanted
+from patchsae_ray.data.chunks import Chunk, LaneOrder
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.mixing import ChunkTokens
 from patchsae_ray.errors import UserError
 from patchsae_ray.names import ActivationDtype, Tokens
 from patchsae_ray.pipelines.arrivals import Arrivals
+from patchsae_ray.pipelines.chunk_rows import DecodeChunk, row_of
+from patchsae_ray.pipelines.decoding import Attempt, prepare_context
 from patchsae_ray.pipelines.model import PortableModel
-from patchsae_ray.pipelines.token_sources import AHEAD_CHUNKS, ChunkTower, decode_chunk
+from patchsae_ray.pipelines.token_sources import AHEAD_CHUNKS, ChunkTower
 from patchsae_ray.pipelines.train_plan import TrainPlan
-from patchsae_ray.pipelines.units import Attempt, prepare_context
 
 log = logging.getLogger(__name__)
 
@@ -47,32 +49,16 @@ class TowerTask:
         return ChunkTower(backbone, backbone.token_slice(self.tokens), self.dtype, self.chunk_images, device)
 
 
-class _DecodeRow:
-    """A chunk's row → its pixels as one tensor cell."""
-
-    def __init__(self, manifest: Manifest, image_size: int, board: Any) -> None:
-        self._manifest, self._image_size, self._board = manifest, image_size, board
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        one = _wanted_of(row)
-        with Attempt(self._board, "decode", one.chunk.unit) as failed:
-            if failed:
-                raise UserError(failed)
-            decoded = decode_chunk(self._manifest, one, self._image_size)
-        header = json.dumps({"bad": decoded.bad})
-        return {**row, "pixels": decoded.pixels, "positions": decoded.positions, "header": header}
-
-
 class _Tower:
     """One chunk in, its tokens out; runs in a process of its own."""
 
-    def __init__(self, task: "ray.ObjectRef[TowerTask]", plan: TrainPlan, board: Any) -> None:
+    def __init__(self, task: "ray.ObjectRef[TowerTask]", plan: TrainPlan, board: Any, stream: str) -> None:
         torch.set_num_threads(plan.threads)
-        self._tower, self._board = ray.get(task).start(plan.device), board
+        self._tower, self._board, self._stream = ray.get(task).start(plan.device), board, stream
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, Any]:
-        unit = int(rows["unit"][0])
-        with Attempt(self._board, "model", unit) as failed:
+        lane, ordinal = int(rows["lane"][0]), int(rows["ordinal"][0])
+        with Attempt(self._board, "model", (self._stream, lane, ordinal), f"chunk {ordinal} of lane {lane}") as failed:
             if failed:
                 raise UserError(failed)
             values = self._tower.tokens(rows["pixels"][0])
@@ -92,7 +78,7 @@ class Streamed:
         order: of the run, for how much of it will be needed.
         plan: of the whole job.
         board: told what is tried.
-        lanes: of this worker; about as many chunks may be on their way, for the buffer's bound.
+        lanes: of this worker; a sixteenth of what they hold may be on its way, for the buffer's bound.
         width: d.
     """
 
@@ -105,19 +91,19 @@ class Streamed:
     lanes: int
     width: int
 
-    def chunks(self, wanted: Iterator[Wanted]) -> Iterator[tuple[Wanted, ChunkTokens]]:
-        task = ray.put(self.task)
+    def chunks(self, wanted: Iterator[Chunk]) -> Iterator[tuple[Chunk, ChunkTokens]]:
+        task, stream = ray.put(self.task), secrets.token_hex(4)
         for wave in self._waves(wanted):
-            with Arrivals(self._dataset(wave, task), min(AHEAD_CHUNKS, self.lanes)) as arrivals:
+            with Arrivals(self._dataset(wave, task, stream), min(AHEAD_CHUNKS, self.lanes)) as arrivals:
                 for one in wave:
                     yield one, self._content(one, arrivals)
 
-    def _waves(self, wanted: Iterator[Wanted]) -> Iterator[list[Wanted]]:
+    def _waves(self, wanted: Iterator[Chunk]) -> Iterator[list[Chunk]]:
         """What the run will need, in waves; then, for images that could not be read, a few more at a time."""
-        drawing, order = self.order.drawing, self.order
-        a_chunk = self.task.chunk_images * drawing.kept_tokens // drawing.draw_tokens
-        last = math.ceil(order.total / (order.lanes * a_chunk))
-        ended: Wanted | None = None
+        order = self.order
+        a_chunk = order.grain.num_images / order.grain.num_chunks * order.drawing.image_draws
+        last = math.ceil(order.total / (order.lanes * a_chunk)) + 1  # the first chunk of a lane is a part of one
+        ended: Chunk | None = None
         while True:
             wave = [] if ended is None else [ended]
             ended = None
@@ -128,30 +114,33 @@ class Streamed:
                 wave.append(one)
             yield wave
 
-    def _dataset(self, wave: Sequence[Wanted], task: Any) -> Any:
-        context = prepare_context()
-        chunk_bytes = (
-            self.task.chunk_images * self.order.drawing.tokens_per_image * self.width * DTYPES[self.task.dtype].itemsize
-        )
-        store = max(LEAST_STORE_BYTES, self.lanes * chunk_bytes)
+    def _dataset(self, wave: Sequence[Chunk], task: Any, stream: str) -> Any:
+        with ray.data.DataContext.current(self._context()):
+            rows = ray.data.from_items([row_of(one) for one in wave], override_num_blocks=len(wave))
+            decode = DecodeChunk(self.manifest, self.image_size, self.board, stream)
+            pools = max(1, self.plan.num_workers)  # each training worker has one of its own
+            low = min(len(wave), max(1, self.plan.min_actors // pools))
+            high = min(len(wave), max(low, math.ceil(self.plan.max_actors / pools)))
+            return rows.map(decode.__call__, num_cpus=self.plan.decode_cpus).map_batches(
+                _Tower,
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, initial_size=low),
+                num_cpus=self.plan.actor_cpus,
+                num_gpus=self.plan.actor_gpus or None,
+                fn_constructor_args=(task, self.plan, self.board, stream),
+            )
+
+    def _context(self) -> Any:
+        """Ray Data's context for a stream alone: blocks in order, and no more of them than the buffer's bound."""
+        context = prepare_context().copy()
+        image_bytes = self.order.drawing.tokens_per_image * self.width * DTYPES[self.task.dtype].itemsize
+        store = max(LEAST_STORE_BYTES, self.lanes * self.order.grain.chunk_images * image_bytes // 16)  # beside the lanes
         context.execution_options = ray.data.ExecutionOptions(
             preserve_order=True, resource_limits=ray.data.ExecutionResources(object_store_memory=store)
         )
-        rows = ray.data.from_items([_row_of(one) for one in wave], override_num_blocks=len(wave))
-        decode = _DecodeRow(self.manifest, self.image_size, self.board)
-        pools = max(1, self.plan.num_workers)  # each training worker has one of its own
-        low = min(len(wave), max(1, self.plan.min_actors // pools))
-        high = min(len(wave), max(low, math.ceil(self.plan.max_actors / pools)))
-        return rows.map(decode.__call__, num_cpus=self.plan.decode_cpus).map_batches(
-            _Tower,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, initial_size=low),
-            num_cpus=self.plan.actor_cpus,
-            num_gpus=self.plan.actor_gpus or None,
-            fn_constructor_args=(task, self.plan, self.board),
-        )
+        return context
 
-    def _content(self, one: Wanted, arrivals: Arrivals) -> ChunkTokens:
+    def _content(self, one: Chunk, arrivals: Arrivals) -> ChunkTokens:
         reference = None
         while reference is None:
             reference = arrivals.next(timeout=1.0)
@@ -161,16 +150,3 @@ class Streamed:
         values = torch.frombuffer(bytearray(row["values"]), dtype=DTYPES[self.task.dtype]) if row["values"] else torch.empty(0)
         bad = [(int(position), str(path), str(why)) for position, path, why in json.loads(row["header"])["bad"]]
         return ChunkTokens(values.view(tuple(row["shape"])), np.array(row["positions"], dtype=np.int64), bad)
-
-
-def _row_of(one: Wanted) -> dict[str, int]:
-    chunk = one.chunk
-    return {
-        "lane": one.lane, "ordinal": one.ordinal, "epoch": one.epoch,
-        "unit": chunk.unit, "first": chunk.first, "count": chunk.count,
-    }  # fmt: skip
-
-
-def _wanted_of(row: dict[str, Any]) -> Wanted:
-    chunk = Chunk(int(row["unit"]), int(row["first"]), int(row["count"]))
-    return Wanted(int(row["lane"]), int(row["ordinal"]), int(row["epoch"]), chunk)

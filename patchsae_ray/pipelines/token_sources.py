@@ -14,10 +14,10 @@ import torch
 
 from patchsae_ray.backbone.clip import Backbone
 from patchsae_ray.data.activations import DTYPES, ActivationCache
-from patchsae_ray.data.chunks import Wanted
+from patchsae_ray.data.chunks import Chunk
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.mixing import ChunkTokens
-from patchsae_ray.data.units import DecodedUnit, decode_unit
+from patchsae_ray.data.units import DecodedUnit, decode_images
 from patchsae_ray.measure.residuals import ResidualBatches
 from patchsae_ray.measure.stages import StageTimer
 from patchsae_ray.names import ActivationDtype
@@ -32,14 +32,14 @@ AHEAD_CHUNKS = 4
 class ChunkSource(Protocol):
     """Gives the tokens of the chunks that are wanted, in their order."""
 
-    def chunks(self, wanted: Iterator[Wanted]) -> Iterator[tuple[Wanted, ChunkTokens]]:
+    def chunks(self, wanted: Iterator[Chunk]) -> Iterator[tuple[Chunk, ChunkTokens]]:
         """Without end, as `wanted`; closing it ends what works ahead."""
         ...
 
 
-def ahead(wanted: Iterator[Wanted], work: Callable[[Wanted], T], most: int) -> Iterator[tuple[Wanted, T]]:
+def ahead(wanted: Iterator[Chunk], work: Callable[[Chunk], T], most: int) -> Iterator[tuple[Chunk, T]]:
     """`work` of what is wanted, in order, up to `most` at once on threads of its own."""
-    waiting: deque[tuple[Wanted, Future[T]]] = deque()
+    waiting: deque[tuple[Chunk, Future[T]]] = deque()
     pool = ThreadPoolExecutor(most, thread_name_prefix="ahead")
     try:
         while True:
@@ -52,13 +52,12 @@ def ahead(wanted: Iterator[Wanted], work: Callable[[Wanted], T], most: int) -> I
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def decode_chunk(manifest: Manifest, one: Wanted, image_size: int) -> DecodedUnit:
+def decode_chunk(manifest: Manifest, chunk: Chunk, image_size: int) -> DecodedUnit:
     """Pixels of a chunk's readable images.
 
-    Raises: as `decode_unit`, once a store has stayed away for too long.
+    Raises: as `decode_images`, once a store has stayed away for too long.
     """
-    unit = manifest.units.read(one.chunk.unit)
-    return patiently(lambda: decode_unit(unit, manifest.reading, image_size, one.chunk.first, one.chunk.count))
+    return patiently(lambda: decode_images(manifest, chunk.positions, image_size))
 
 
 class ChunkTower:
@@ -99,7 +98,7 @@ class Fused:
     image_size: int
     tower: ChunkTower
 
-    def chunks(self, wanted: Iterator[Wanted]) -> Iterator[tuple[Wanted, ChunkTokens]]:
+    def chunks(self, wanted: Iterator[Chunk]) -> Iterator[tuple[Chunk, ChunkTokens]]:
         for one, decoded in ahead(wanted, lambda one: decode_chunk(self.manifest, one, self.image_size), AHEAD_CHUNKS):
             yield one, ChunkTokens(self.tower.tokens(decoded.pixels), decoded.positions, decoded.bad)
 
@@ -122,11 +121,11 @@ class Cached:
     dtype: ActivationDtype
     most_ahead: int
 
-    def chunks(self, wanted: Iterator[Wanted]) -> Iterator[tuple[Wanted, ChunkTokens]]:
+    def chunks(self, wanted: Iterator[Chunk]) -> Iterator[tuple[Chunk, ChunkTokens]]:
         edges = self.manifest.units.edges()
 
-        def read(one: Wanted) -> ChunkTokens:
-            found = self.cache.chunk(one.chunk, int(edges[one.chunk.unit]), self.tokens)
+        def read(one: Chunk) -> ChunkTokens:
+            found = self.cache.images(one.positions, edges, self.tokens)
             return ChunkTokens(found.values.to(DTYPES[self.dtype]), found.positions, found.bad)
 
         return ahead(wanted, read, min(AHEAD_CHUNKS, self.most_ahead))

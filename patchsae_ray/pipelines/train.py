@@ -4,15 +4,17 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from patchsae_ray import storage
 from patchsae_ray.backbone.weights import state_digest
 from patchsae_ray.data.catalog import open_dataset
-from patchsae_ray.data.chunks import ChunkTable, Drawing, LaneOrder, num_lanes
+from patchsae_ray.data.chunks import ORDER_VERSION, Drawing, LaneOrder, num_lanes
+from patchsae_ray.data.grains import Grain, RowGroups, SingleImages
 from patchsae_ray.data.kept import keep
 from patchsae_ray.data.manifest import Manifest
-from patchsae_ray.data.mixing import distinct_images, expected_distinct_images
+from patchsae_ray.data.mixed import OrderMixing, order_mixing
 from patchsae_ray.errors import UserError
 from patchsae_ray.figures_train import density_figure, mixing_figure
 from patchsae_ray.pipelines import cluster
@@ -35,8 +37,6 @@ log = logging.getLogger(__name__)
 
 PATCHSAE_TOTAL_IMAGES = 2_621_440
 SAE_FILE, SAFE_FILE, MIXING_FILE, DENSITY_FILE = "sae.pt", "sae.safetensors", "batch_mixing.png", "latent_density.png"
-MIXING_STEPS = 20
-"""Batches whose images are counted for the figure."""
 _WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
@@ -83,11 +83,17 @@ def run_training(settings: TrainSettings, model: LoadedModel, manifest: Manifest
         resume.clear()
     resume.check()
     job = _job(settings, model, keep(manifest), order, resume, plan)
+    mixing = order_mixing(order, labels_of(manifest))
+    images, latents = images_of(order, order.steps), model.config.width * settings.expansion_factor
     log.info(
-        "train: %s images in %s steps of %s tokens, %s latents; a batch has tokens of %.0f images (at random: %.0f)",
-        f"{images_of(order, order.steps):,.0f}", f"{order.steps:,}", f"{_batch_tokens(order):,}",
-        f"{model.config.width * settings.expansion_factor:,}", *_mixing(order, manifest)[:2],
+        "train: %s images in %s steps of %s tokens, %s latents; a batch has tokens of %s",
+        f"{images:,.0f}", f"{order.steps:,}", f"{_batch_tokens(order):,}", f"{latents:,}", describe(mixing),
     )  # fmt: skip
+    if isinstance(order.grain, RowGroups):
+        log.info(
+            "train: row groups of %s can only be read whole, and %d of them are mixed; jobs/cache_activations.py, and "
+            "--activations with its folder, would mix single images", manifest.source, order.lanes,
+        )  # fmt: skip
     config = checkpoint_config(settings, model, order)
     extra = _extra_files(settings, order)
 
@@ -103,26 +109,24 @@ def run_training(settings: TrainSettings, model: LoadedModel, manifest: Manifest
         raise UserError(f"{resume.own}: the last checkpoint is not whole; the same command goes on from the one before")
     for step in set(extra) - listener.weights:
         written(step)
-    return _made(settings, order, manifest, config, state, listener, resume)
+    return _made(order, manifest, config, state, listener, mixing, resume)
 
 
 def _made(
-    settings: TrainSettings,
     order: LaneOrder,
     manifest: Manifest,
     config: dict[str, Any],
     state: Saved,
     listener: TrainListener,
+    mixing: OrderMixing,
     resume: ResumeFolder,
 ) -> Made:
     sae = _sae(state.tensors)
-    mixed, ideal, whole = _mixing(order, manifest)
-    mixing = {"distinct_images": mixed, "distinct_images_ideal": ideal, "distinct_images_whole": whole}
-    summary = {**state.notes["metrics"], **listener.summary(), **mixing}
+    summary = {**state.notes["metrics"], **listener.summary(), **mixing.as_metrics()}
     files = {
         SAE_FILE: torch_bytes(sae, config),
         SAFE_FILE: safetensors_bytes(sae, config),
-        MIXING_FILE: mixing_figure(mixed, ideal, whole, _batch_tokens(order)),
+        MIXING_FILE: mixing_figure(mixing, _batch_tokens(order)),
         DENSITY_FILE: density_figure(state.notes["latent_density"]),
         ERRORS_FILE: errors_parquet(listener.kept.bad),
     }
@@ -133,7 +137,7 @@ def _made(
         **listener.kept.record(),
     }
     made = {"sae": state_digest(sae.state_dict())}
-    return Made(files, summary, summary, record, step=order.steps, tags=made, spent=resume.uri)
+    return Made(files, summary, summary, record, step=order.steps, tags=made, spent=resume.own)
 
 
 def _sae(state: dict[str, Tensor]) -> SparseAutoencoder:
@@ -145,7 +149,7 @@ def _job(
 ) -> TrainJob:
     cls_place = None if settings.tokens == "patch" else 0
     extra = tuple(_extra_files(settings, order))
-    run = TrainRun(settings, order, model.config.width, cls_place, resume, plan.precision, extra)
+    run = TrainRun(settings, order, model.config.width, cls_place, resume, plan.precision, extra, labels_of(manifest))
     cache = open_cache(settings, model, manifest) if plan.source == "cached" else None
     which = cached_tokens(cache.record, settings, model) if cache is not None else slice(None)
     return TrainJob(
@@ -163,7 +167,6 @@ def _portable(manifest: Manifest, root_dir: str, plan: TrainPlan) -> Manifest:
 def order_of(settings: TrainSettings, model: LoadedModel, manifest: Manifest) -> LaneOrder:
     """The order of a run: of the settings, the model's tokens and the data set's size, and of nothing else."""
     t = model.tokens_per_image(settings.tokens)
-    table = ChunkTable(manifest.units.edges(), settings.clip_batch_size)
     drawing = Drawing(settings.batching, t, settings.token_share, settings.batch_size)
     if settings.batching == "tokens":
         drawing = replace(drawing, batch_size=settings.batch_tokens or settings.batch_size * drawing.kept_tokens)
@@ -171,8 +174,20 @@ def order_of(settings: TrainSettings, model: LoadedModel, manifest: Manifest) ->
     if tokens is None:
         tokens = (settings.total_training_images or PATCHSAE_TOTAL_IMAGES) * drawing.kept_tokens
     total = -(-tokens // drawing.draw_tokens)
-    lanes = num_lanes(settings.buffer_tokens, settings.clip_batch_size, len(table), drawing, total)
-    return LaneOrder(table, drawing, lanes, settings.seed, total)
+    grain = grain_of(settings, manifest)
+    return LaneOrder(grain, drawing, num_lanes(settings.buffer_tokens, grain, drawing, total), settings.seed, total)
+
+
+def grain_of(settings: TrainSettings, manifest: Manifest) -> Grain:
+    """What is read at a time: cached activations are single images whatever the data set's own files are."""
+    if settings.activations is None and manifest.grain == "group":
+        return RowGroups(manifest.group_edges())
+    return SingleImages(manifest.num_images, settings.clip_batch_size)
+
+
+def labels_of(manifest: Manifest) -> np.ndarray | None:
+    """[num_images] int32 labels, None where no image has one."""
+    return manifest.label_array() if manifest.labelled else None
 
 
 def _batch_tokens(order: LaneOrder) -> int:
@@ -184,13 +199,13 @@ def images_of(order: LaneOrder, step: int) -> float:
     return min(step * order.drawing.batch_size, order.total) * order.drawing.draw_tokens / order.drawing.kept_tokens
 
 
-def _mixing(order: LaneOrder, manifest: Manifest) -> tuple[float, float, float]:
-    """Distinct images of a batch: by this run's order, of tokens drawn from the whole data set, of whole images."""
-    kept, batch = order.drawing.kept_tokens, min(_batch_tokens(order), order.total * order.drawing.draw_tokens)
-    counted = distinct_images(order, MIXING_STEPS)
-    whole = counted[:-1] if len(counted) == order.steps > 1 else counted  # the last batch may be smaller
-    ideal = expected_distinct_images(manifest.num_images, kept, min(batch, manifest.num_images * kept))
-    return float(whole.mean()), ideal, min(float(manifest.num_images), max(1.0, batch / kept))
+def describe(mixing: OrderMixing) -> str:
+    """`4,001 images (at random: 4,012) of 975 classes (at random: 976)`."""
+    here, random = mixing.batch, mixing.batch_at_random
+    said = f"{here.images:,.0f} images (at random: {random.images:,.0f})"
+    if here.classes is None or random.classes is None:
+        return said
+    return f"{said} of {here.classes:,.0f} classes (at random: {random.classes:,.0f})"
 
 
 def checkpoint_folder(settings: TrainSettings, model: LoadedModel, manifest: Manifest, order: LaneOrder) -> str:
@@ -251,6 +266,8 @@ def identity_of(
         "manifest": manifest.digest,
         "total_draws": order.total,
         "batch_draws": order.drawing.batch_size,
+        "order": ORDER_VERSION,
+        "grain": order.grain.describe(),
         **{key: value for key, value in recipe.items() if key not in _PLACEMENT | lengths},
     }
 

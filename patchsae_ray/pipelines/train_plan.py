@@ -9,7 +9,8 @@ import torch
 
 from patchsae_ray.errors import UserError
 from patchsae_ray.names import TokenSource
-from patchsae_ray.pipelines.cluster import Plan, Wishes, connect, make_plan, resolve_precision
+from patchsae_ray.pipelines.cluster import connect, make_plan
+from patchsae_ray.pipelines.planning import Plan, Wishes, resolve_precision
 from patchsae_ray.settings import TrainSettings
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,11 @@ def _gpu_plan(settings: TrainSettings, plan: Plan, gpus: float, source: TokenSou
     streams = source == "streamed"
     fitting = max(1, int(gpus // 2) if streams else int(gpus))
     workers = fitting if settings.num_workers is None else settings.num_workers
+    if workers == 0:
+        raise UserError(
+            "--num_workers 0 trains in the job's own process, where Ray reserves no GPU for it; with --source streamed, 1 or "
+            "more would be right, or --device cpu"
+        )
     made = {**asdict(plan), "min_actors": 0, "max_actors": 0}
     if streams:
         each = settings.num_gpus if settings.num_gpus is not None else 1.0

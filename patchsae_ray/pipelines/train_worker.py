@@ -1,5 +1,6 @@
 """What a training worker does: its lanes' tokens in, steps together with the others, checkpoints out. Knows no Ray."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from patchsae_ray.data.chunks import Demand, LaneOrder
+from patchsae_ray.data.mixed import classes_of
 from patchsae_ray.data.mixing import TokenBatch, TokenMixer
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.matmul import matmul_rate
@@ -53,6 +55,8 @@ class TrainRun:
     precision: str
     extra_steps: tuple[int, ...]
     """After which the weights alone are kept too (--n_checkpoints)."""
+    labels: np.ndarray | None = None
+    """[images of the data set] int32, -1 without one; None where none has a label."""
 
 
 @dataclass
@@ -81,6 +85,7 @@ class TrainWorker:
         self._writer = AsyncWriter()
         self._seconds = {"data": 0.0, "step": 0.0}
         self._distinct, self._logged = 0, time.perf_counter()
+        self._window: np.ndarray | None = None
         self._logged_step = self._saved_step = 0
         self._saved_at = time.monotonic()
         self._bad_posted: set[int] = set()
@@ -109,11 +114,11 @@ class TrainWorker:
             for step in range(first, order.steps):
                 self._step(trainer, step, batches)
             self._writer.wait()
-        finally:
-            for one in (batches, chunks):
-                close = getattr(one, "close", None)
-                if close is not None:
-                    close()
+        except BaseException:
+            with contextlib.suppress(Exception):  # what ended the run is what is told, not what closing it came to
+                _close(batches, chunks)
+            raise
+        _close(batches, chunks)
 
     def _resume(self) -> Saved | None:
         """The checkpoint that rank 0 finds to be the newest whole one."""
@@ -173,7 +178,8 @@ class TrainWorker:
         done = time.perf_counter()
         self._seconds["data"] += got - start
         self._seconds["step"] += done - got
-        self._distinct += batch.distinct_images
+        self._distinct += len(batch.images)
+        self._window = self._window if batch.window_images is None else batch.window_images
         self._post_bad(step + 1, batch)
         if metrics.flag >= _STOP:
             raise Stopped
@@ -181,7 +187,7 @@ class TrainWorker:
         save = bool(metrics.flag & _SAVE) or last
         notes: dict[str, Any] = {}
         if save or (step + 1) % REPORT_STEPS == 0:
-            notes = self._report(trainer, metrics, step + 1)
+            notes = self._report(trainer, metrics, step + 1, batch.images)
         if step + 1 in self.run.extra_steps:
             self._save(step + 1, trainer.sae.state_dict(), "weights", notes)
         if save:
@@ -226,12 +232,10 @@ class TrainWorker:
             self._bad_posted.update(position for position, _, _ in bad)
             self.board.post(Message(step, self._tokens_after(step), bad=bad))
 
-    def _report(self, trainer: Trainer, metrics: StepMetrics, step: int) -> dict[str, Any]:
+    def _report(self, trainer: Trainer, metrics: StepMetrics, step: int, images: np.ndarray) -> dict[str, Any]:
         """Metrics of all workers' steps since the last report, for the checkpoint; rank 0 leaves them on the board."""
         window = trainer.window_result()
-        shared = torch.tensor([self._seconds["data"], self._distinct], dtype=torch.float64, device=self.device)
-        self.collective.sum_(shared)
-        wait, distinct = shared.tolist()
+        wait, mixing = self._shared(images, step - self._logged_step)
         now, steps = time.perf_counter(), step - self._logged_step
         seconds = now - self._logged
         tokens = self._tokens_after(step) - self._tokens_after(self._logged_step)
@@ -239,7 +243,7 @@ class TrainWorker:
             **{name: value for name, value in asdict(metrics).items() if name != "flag"},
             **window.as_metrics(),
             "lr": trainer.lr * trainer.schedule.factor(step - 1),
-            "distinct_images": distinct / steps,
+            **mixing,
             "tokens_per_second": tokens / seconds,
             "images_per_second": tokens / self.run.order.drawing.kept_tokens / seconds,
             "data_wait_share": min(1.0, wait / self.collective.size / seconds),
@@ -253,6 +257,32 @@ class TrainWorker:
         self._seconds, self._distinct = {"data": 0.0, "step": 0.0}, 0
         self._logged, self._logged_step = now, step
         return {"metrics": values, "latent_density": window.log_density.tolist()}
+
+    def _shared(self, images: np.ndarray, steps: int) -> tuple[float, dict[str, float]]:
+        """Seconds of waiting for data, and how well batches were mixed, over all workers.
+
+        Args:
+            images: of this worker's part of the last batch.
+            steps: since the last report.
+        """
+        labels, window = self.run.labels, self._window
+        values = [np.array([self._seconds["data"], self._distinct, 0 if window is None else len(window)])]
+        if labels is not None:
+            for positions in (images, np.zeros(0, np.int64) if window is None else window):
+                there = np.zeros(labels.max(initial=0) + 1)
+                there[classes_of(positions, labels)] = 1
+                values.append(there)
+        shared = torch.from_numpy(np.concatenate(values)).to(self.device)
+        self.collective.sum_(shared)
+        (wait, distinct, of_window), *classes = np.split(shared.cpu().numpy(), np.cumsum([len(value) for value in values])[:-1])
+        mixing = {"distinct_images": float(distinct) / steps}
+        if classes:
+            mixing["distinct_classes"] = float(np.count_nonzero(classes[0]))
+        if window is not None:
+            mixing["distinct_images_window"] = float(of_window)
+            if classes:
+                mixing["distinct_classes_window"] = float(np.count_nonzero(classes[1]))
+        return float(wait), mixing
 
     def _save_all(self, trainer: Trainer, step: int, batch: TokenBatch, notes: dict[str, Any]) -> None:
         cursors = torch.from_numpy(batch.cursors).to(self.device)
@@ -268,6 +298,14 @@ class TrainWorker:
     def _write(self, step: int, tensors: dict[str, Tensor], kind: Kind, notes: dict[str, Any]) -> None:
         self.run.resume.save(step, tensors, kind, notes)
         self.board.post(Message(step, self._tokens_after(step), saved=kind))
+
+
+def _close(*iterators: Any) -> None:
+    """End what works ahead; what takes from another first."""
+    for one in iterators:
+        close = getattr(one, "close", None)
+        if close is not None:
+            close()
 
 
 def autocast(device: str, precision: str) -> AbstractContextManager[Any]:

@@ -2,7 +2,8 @@
 
 A .pt is `{"cfg": …, "state_dict": {W_enc, b_enc, W_dec, b_dec}}` (older files: "config" for "cfg", and the cfg may be a
 pickled config object). It is read by torch's `weights_only` unpickler; PatchSAE's own config classes are on an allow-list
-that maps them to an inert stand-in, and any other class in the file is an error.
+that maps them to an inert stand-in, and any other class in the file is an error. A .safetensors has the cfg as JSON in its
+metadata. Other libraries' files, which may hold tensors of the same names, are refused (foreign.py).
 """
 
 import io
@@ -21,9 +22,9 @@ from patchsae_ray import storage
 from patchsae_ray.backbone.weights import state_digest
 from patchsae_ray.errors import UserError, first_line
 from patchsae_ray.inert import StandIn, load_inert
+from patchsae_ray.sae.foreign import NAMES, check_beside, check_config, check_tensors
 from patchsae_ray.sae.model import SparseAutoencoder
 
-_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 _CONFIG_CLASS = re.compile(r"src\.sae_training\.config\.\w*Config")
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 
@@ -52,45 +53,46 @@ class SaeCheckpoint:
         return None if layer is None else int(layer)
 
 
-def load_sae(path: str) -> SparseAutoencoder:
-    """The autoencoder of a .pt or .safetensors file, float32, in evaluation mode.
+def load_sae(path: str, device: str | torch.device = "cpu") -> SparseAutoencoder:
+    """The autoencoder of a .pt or .safetensors file, float32, frozen, in evaluation mode.
+
+    Args:
+        path: a local file or any URI.
+        device: where it runs.
 
     Raises: UserError that names the file and what is wrong with it.
     """
-    return read_checkpoint(path).sae
+    return read_checkpoint(path).sae.to(device)
 
 
 def read_checkpoint(path: str) -> SaeCheckpoint:
     """Read a checkpoint from any URI.
 
-    Raises: UserError where the file is missing, cut short, holds foreign classes, or no (or a gated) autoencoder.
+    Raises: UserError where the file is missing, cut short, holds foreign classes, or no (or another kind of) autoencoder.
     """
     data = storage.read_bytes(path)
     config, tensors = _read_safetensors(path, data) if path.endswith(".safetensors") else _read_torch(path, data)
-    if config.get("gated_sae"):
-        raise UserError(f"{path}: a gated autoencoder; the released gated forward is empty, so there is nothing to run")
-    missing = [name for name in _NAMES if not isinstance(tensors.get(name), Tensor)]
-    if missing:
-        raise UserError(f"{path}: no autoencoder in it: {', '.join(missing)} missing")
-    tensors = {name: tensors[name].to(torch.float32) for name in _NAMES}
-    _check_shapes(path, tensors)
-    _check_config(path, config)
+    check_tensors(path, tensors)
+    check_beside(path, config)
+    check_config(f"{path}: its cfg", config)
+    numbers = [name for name in NAMES if not isinstance(tensors[name], Tensor)]
+    if numbers:
+        raise UserError(f"{path}: {numbers[0]} is no tensor")
+    tensors = {name: tensors[name].to(torch.float32) for name in NAMES}
+    _check_shapes(path, tensors, config)
     return SaeCheckpoint(SparseAutoencoder.from_tensors(tensors), config, state_digest(tensors), path)
 
 
-def _check_config(path: str, config: dict[str, Any]) -> None:
-    layer = config.get("block_layer")
-    if layer is not None and not isinstance(layer, int):
-        raise UserError(f"{path}: cfg.block_layer is {layer!r}, a whole number would be right")
-
-
-def _check_shapes(path: str, tensors: dict[str, Tensor]) -> None:
+def _check_shapes(path: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     d_in, d_sae = (*shapes["W_enc"], 0, 0)[:2]
     expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     for name, want in expected.items():
         if shapes[name] != want:
             raise UserError(f"{path}: {name} has shape {shapes[name]}, expected {want}")
+    for name, size in (("d_in", d_in), ("d_sae", d_sae)):
+        if config.get(name) not in (None, size):
+            raise UserError(f"{path}: its cfg says {name} = {config[name]}, W_enc has shape {shapes['W_enc']}")
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise UserError(f"{path}: its weights hold NaN or infinite values")
 
@@ -101,13 +103,20 @@ def _read_safetensors(path: str, data: bytes) -> tuple[dict[str, Any], dict[str,
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
-    return json.loads(header.get("__metadata__", {}).get("cfg", "{}")), tensors
+    try:
+        config = json.loads(header.get("__metadata__", {}).get("cfg", "{}"))
+    except ValueError as error:
+        raise UserError(f"{path}: the cfg in its metadata is not JSON: {first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: the cfg in its metadata is {type(config).__name__}, a mapping would be right")
+    return config, tensors
 
 
 def _read_torch(path: str, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     loaded = load_inert(path, data, lambda name: bool(_CONFIG_CLASS.fullmatch(name)), "tensors and PatchSAE's config")
     if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
-        raise UserError(f"{path} is no SAE checkpoint: it has no 'state_dict'")
+        held = f" but {', '.join(sorted(map(str, loaded))[:4])}" if isinstance(loaded, dict) else ""
+        raise UserError(f"{path} is no SAE checkpoint of PatchSAE's: it has no 'state_dict'{held}")
     config = loaded.get("cfg", loaded.get("config", {}))
     if not isinstance(config, (dict, StandIn)):
         raise UserError(f"{path}: its cfg is {type(config).__name__}, a mapping or PatchSAE's config would be right")
@@ -128,7 +137,7 @@ def safetensors_bytes(sae: SparseAutoencoder, config: dict[str, Any]) -> bytes:
 
 
 def _tensors(sae: SparseAutoencoder) -> dict[str, Tensor]:
-    return {name: getattr(sae, name).detach().cpu().contiguous() for name in _NAMES}
+    return {name: getattr(sae, name).detach().cpu().contiguous() for name in NAMES}
 
 
 def _full_config(sae: SparseAutoencoder, config: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from patchsae_ray.sae.model import SparseAutoencoder
+from patchsae_ray.sae.objective import as_divisor
 from patchsae_ray.sae.ops import slices
 
 
@@ -71,9 +72,9 @@ def ghost_term(ghost: Tensor, residual: Tensor, norm: Tensor) -> Tensor:
     """Sum of the error of ghost reconstructions g [m, d] of residuals r [m, d], scaled to the size of the mse.
 
     g is brought to half of r's length; error (g - r)^2 / |r|, times mse / (error + 1e-6), mse = r^2 / |x|, |x| [m, 1].
-    Gradients flow through g's direction and size before scaling, nothing else.
+    Gradients flow through g's direction and size before scaling, nothing else. A token whose x or r is 0 adds nothing.
     """
     length = residual.norm(dim=1, keepdim=True)
     scale = length / (1e-6 + 2 * ghost.detach().norm(dim=1, keepdim=True))
-    error = (ghost * scale - residual) ** 2 / length
-    return (error * (residual**2 / norm / (error + 1e-6)).detach()).sum()
+    error = (ghost * scale - residual) ** 2 / as_divisor(length)
+    return (error * (residual**2 / as_divisor(norm) / (error + 1e-6)).detach()).sum()

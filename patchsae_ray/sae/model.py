@@ -48,6 +48,10 @@ class SparseAutoencoder(nn.Module):
         sae.load_state_dict(tensors, assign=True)
         return sae.eval().requires_grad_(False)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Residual x [..., d] → reconstruction x' [..., d]."""
+        return self.decode(self.encode(x))
+
     @property
     def d_in(self) -> int:
         """d."""

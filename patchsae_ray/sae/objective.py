@@ -2,6 +2,9 @@
 
 Shapes: m tokens, d width, s latents. The formulas are PatchSAE's (arXiv 2412.05276, released code). Means are over all
 tokens of the step, of which a worker or a part may hold a few: a local sum is divided by `num_tokens`, and sums add up.
+
+PatchSAE divides a token's error by its length |x|, which a token of zeros does not have. Such a token weighs nothing in the
+reconstruction term and in the ghost term; it counts among the tokens that the means are over, and in the sparsity term.
 """
 
 from dataclasses import dataclass
@@ -24,9 +27,14 @@ class Objective:
     """Give latents that have not fired for a while a gradient through the residual."""
 
     def error_weights(self, norm: Tensor, cls: Tensor | None) -> Tensor:
-        """w / |x| [m] from |x| [m], w the CLS coefficient where `cls` [m] is true and 1 elsewhere."""
-        weights = 1 / norm
+        """w / |x| [m] from |x| [m], w the CLS coefficient where `cls` [m] is true and 1 elsewhere; 0 where |x| is 0."""
+        weights = 1 / as_divisor(norm)
         return weights if cls is None else torch.where(cls, self.mse_cls_coefficient * weights, weights)
+
+
+def as_divisor(length: Tensor) -> Tensor:
+    """The length, and infinity where it is 0: an error divided by it is then 0, so that a token of zeros weighs nothing."""
+    return torch.where(length > 0, length, torch.inf)
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class LossTerms:
     """Some tokens' terms, and what they were made of; all carry a gradient."""
 
     mse: Tensor
-    """Mean over tokens and d of w (x' - x)^2 / |x|, |x| the token's L2 norm, w the CLS coefficient or 1."""
+    """Mean over tokens and d of w (x' - x)^2 / |x|, |x| the token's L2 norm, w the CLS coefficient or 1; 0 where |x| is 0."""
     l1: Tensor
     """l1_coefficient times the mean over tokens of sum |z|."""
     latents: Tensor

@@ -7,10 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchsae_ray.sae.objective import as_divisor
+
 DENSE_TIMES = 10
 """A latent is dense if it is active on more than one in so many tokens."""
 LOG_DENSITY_EDGES = np.arange(-14, 1) / 2
 """[15] bounds of the histogram's bins: log10 of a share of tokens, from -7 to 0 in halves."""
+_ROUNDING = 1e-12
+"""A variance below this share of sum |x|^2 is what the rounding of float32 tokens and of their sums may leave of none."""
 _TOTALS = ("tokens", "squares", "error", "legacy", "cosine", "mse", "l1")
 NUM_TOTALS = len(_TOTALS)
 
@@ -23,11 +27,11 @@ class TrainingWindowResult:
     explained_variance: float
     """1 - sum |x - x'|^2 / sum |x - mean x|^2, the mean over all tokens of the window; NaN without variance."""
     explained_variance_legacy: float
-    """PatchSAE's: mean over tokens of 1 - |x - x'|^2 / |x|^2, so the variance is taken about zero."""
+    """PatchSAE's: mean over tokens of 1 - |x - x'|^2 / |x|^2, so the variance is taken about zero; 0 for a token of zeros."""
     cosine: float
     """Mean over tokens of the cosine between x and x'."""
     mse: float
-    """Mean over tokens and dimensions of (x' - x)^2 / |x|, PatchSAE's normalised error, no CLS weight."""
+    """Mean over tokens and dimensions of (x' - x)^2 / |x|, PatchSAE's, without CLS weight; 0 for a token of zeros."""
     l0: float
     """Mean number of active latents a token."""
     l1: float
@@ -77,10 +81,9 @@ class TrainingWindow:
         tokens, squares, error, legacy, cosine, mse, l1 = parts[0].tolist()
         sums, counts = parts[1].numpy(), parts[2].numpy()
         per_token = 1 / tokens if tokens else float("nan")
-        variance = squares - float((sums**2).sum()) * per_token
         return TrainingWindowResult(
             num_tokens=int(tokens),
-            explained_variance=1 - error / variance if variance > 0 else float("nan"),
+            explained_variance=explained_variance(error, squares, sums, int(tokens)),
             explained_variance_legacy=legacy * per_token,
             cosine=cosine * per_token,
             mse=mse * per_token,
@@ -100,6 +103,22 @@ class TrainingWindow:
         self.values.copy_(torch.cat([tensors["totals"], tensors["sums"], tensors["counts"]]))
 
 
+def explained_variance(error: float, squares: float, sums: np.ndarray, num_tokens: int) -> float:
+    """1 - sum |x - x'|^2 / sum |x - mean x|^2; NaN without tokens, and where they do not vary beyond rounding.
+
+    sum |x - mean x|^2 = sum |x|^2 - |sum x|^2 / m: for tokens that are all but equal a difference of two nearly equal
+    numbers, of which only rounding is left.
+
+    Args:
+        error: sum |x - x'|^2.
+        squares: sum |x|^2, summed in float64 from float64 squares.
+        sums: [d] float64, sum x.
+        num_tokens: m.
+    """
+    variance = squares - float((sums**2).sum()) / num_tokens if num_tokens else 0.0
+    return 1 - error / variance if variance > _ROUNDING * squares else float("nan")
+
+
 def log_density(fired: np.ndarray, num_tokens: int) -> np.ndarray:
     """[15] int64, latents: first those that never fired, then by the share of tokens, in the bins of LOG_DENSITY_EDGES.
 
@@ -116,7 +135,7 @@ def log_density(fired: np.ndarray, num_tokens: int) -> np.ndarray:
 
 
 def token_sums(x: Tensor, reconstruction: Tensor, error: Tensor, norm: Tensor, l1: Tensor, counts: Tensor) -> Tensor:
-    """One batch's terms of a window: [7 + d + s] float64; sums over tokens of float32 scalars.
+    """One batch's terms of a window: [7 + d + s] float64; sums over tokens of float32 scalars, but for |x|^2.
 
     Args:
         x: tokens [m, d].
@@ -127,6 +146,9 @@ def token_sums(x: Tensor, reconstruction: Tensor, error: Tensor, norm: Tensor, l
         counts: [s], tokens on which each latent fired.
     """
     cosine = (x * reconstruction).sum(dim=1) / (norm * reconstruction.norm(dim=1)).clamp_min(1e-30)
-    scalars = torch.stack([torch.ones_like(norm), norm**2, error, 1 - error / norm**2, cosine, error / (norm * x.shape[1])])
-    totals = scalars.sum(dim=1, dtype=torch.float64)
+    squares = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()  # the variance is a small difference of these
+    divisor = as_divisor(norm)
+    legacy = torch.where(norm > 0, 1 - error / divisor**2, 0.0)
+    scalars = [torch.ones_like(norm), squares, error, legacy, cosine, error / (divisor * x.shape[1])]
+    totals = torch.stack([scalar.sum(dtype=torch.float64) for scalar in scalars])
     return torch.cat([totals, l1.view(1), x.sum(dim=0, dtype=torch.float64), counts.to(torch.float64)])

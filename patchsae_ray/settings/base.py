@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from patchsae_ray.errors import UserError
-from patchsae_ray.names import VIT_TYPES, Device, Precision
+from patchsae_ray.names import VIT_TYPES, Device, Precision, expanded
 from patchsae_ray.redaction import without_secrets
 
 
@@ -19,10 +19,13 @@ class FolderSettings:
     """Replace another run's results in the output folder; without it they are an error."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no run could use.
+        """Replace `~` and `$NAME` in every text, from flags, a YAML file or Python; refuse values that no run could use.
 
         Raises: UserError that names the flag.
         """
+        for name, value in vars(self).copy().items():
+            if isinstance(value, str):
+                object.__setattr__(self, name, expanded(value))  # the class is frozen
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name, None)
             if value is not None and not low <= value <= high:

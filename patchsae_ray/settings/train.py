@@ -44,7 +44,7 @@ class TrainSettings(PoolSettings):
     activation_dtype: ActivationDtype = "bf16"
     """What tokens are rounded to before training: bf16 or fp32."""
     clip_batch_size: int = 64
-    """Images that CLIP takes at once; also the grain of the shuffle."""
+    """Images that CLIP takes at once, and that a lane of the shuffle holds."""
     num_workers: int | None = None
     """Training workers (Ray Train, DDP); default: one a GPU, or one. 0 trains in this process."""
     accumulate: int = 1
@@ -86,6 +86,8 @@ class TrainSettings(PoolSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.precision == "fp16":
+            raise UserError("--precision fp16: training takes fp32 or bf16, whose range gradients need")
         self._check_tokens()
         if self.run_name is not None:
             check_folder_name("run_name", self.run_name)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from patchsae_ray import storage
 from patchsae_ray.data.activations import ActivationCache, CacheRecord, read_record, unit_bytes, unit_file
-from patchsae_ray.data.chunks import Chunk
 from patchsae_ray.errors import UserError
 
 T, D = 4, 6
+EDGES = np.array([0, 10, 20])
 RECORD = CacheRecord({"clip": "x"}, "all", T, D, "bf16", 2, 20, [(13, "torn.png", "torn")])
 
 
@@ -30,15 +31,31 @@ def cache(tmp_path: Path, residual: torch.Tensor) -> ActivationCache:
     return ActivationCache(str(tmp_path), read_record(str(tmp_path)))
 
 
-@pytest.mark.parametrize(("first", "count", "rows"), [(0, 4, [0, 1, 2]), (4, 4, [3, 4, 5, 6]), (8, 2, [7, 8]), (3, 1, [])])
-def test_a_chunk_reads_back_equal(
-    cache: ActivationCache, residual: torch.Tensor, first: int, count: int, rows: list[int]
+@pytest.mark.parametrize(
+    ("positions", "rows"), [([10, 11, 12], [0, 1, 2]), ([19, 10, 16, 14], [8, 0, 5, 3]), ([18, 13, 11], [7, 1]), ([13], [])]
+)
+def test_single_images_read_back_equal_in_the_order_asked_for(
+    cache: ActivationCache, residual: torch.Tensor, positions: list[int], rows: list[int]
 ) -> None:
-    found = cache.chunk(Chunk(1, first, count), 10, slice(None))
+    found = cache.images(np.array(positions), EDGES, slice(None))
     assert torch.equal(found.values, residual[rows])
-    assert found.positions.tolist() == [10 + first + index for index in range(count) if 10 + first + index != 13]
-    assert found.bad == ([(13, "torn.png", "torn")] if first <= 3 < first + count else [])
-    assert torch.equal(cache.chunk(Chunk(1, first, count), 10, slice(1, T)).values, residual[rows][:, 1:])
+    assert found.positions.tolist() == [position for position in positions if position != 13]
+    assert found.bad == ([(13, "torn.png", "torn")] if 13 in positions else [])
+    assert torch.equal(cache.images(np.array(positions), EDGES, slice(1, T)).values, residual[rows][:, 1:])
+
+
+def test_only_the_bytes_of_the_images_are_read(cache: ActivationCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.images(np.array([10]), EDGES, slice(None))  # the unit's header
+    asked: list[tuple[str, int, int]] = []
+    read = storage.read_ranges
+    monkeypatch.setattr(storage, "read_ranges", lambda ranges: asked.extend(ranges) or read(ranges))
+    cache.images(np.array([12, 19, 15]), EDGES, slice(1, 3))
+    assert [end - begin for _, begin, end in asked] == [2 * D * 2] * 3
+
+
+def test_an_image_that_a_unit_should_have_is_named(cache: ActivationCache) -> None:
+    with pytest.raises(UserError, match=r"unit-00000001.safetensors has no image 20, which is not what cache.json says"):
+        cache.images(np.array([20]), np.array([0, 10, 21]), slice(None))
 
 
 def test_any_safetensors_reader_reads_it(cache: ActivationCache, residual: torch.Tensor) -> None:
@@ -47,23 +64,25 @@ def test_any_safetensors_reader_reads_it(cache: ActivationCache, residual: torch
     assert found["positions"].tolist() == [10, 11, 12, 14, 15, 16, 17, 18, 19]
 
 
-@pytest.mark.parametrize("keep", [0, 5, 100, -3])
-def test_a_truncated_file_is_named(cache: ActivationCache, keep: int) -> None:
+@pytest.mark.parametrize(
+    ("keep", "says"), [(0, "is not a whole unit"), (5, "is not a whole unit"), (100, "is cut short"), (-3, "is cut short")]
+)
+def test_a_truncated_file_is_named(cache: ActivationCache, keep: int, says: str) -> None:
     path = Path(unit_file(cache.folder, 1))
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"unit-00000001.safetensors is not a whole unit"):
-        cache.chunk(Chunk(1, 0, 4), 10, slice(None))
+    with pytest.raises(UserError, match=rf"unit-00000001.safetensors {says}"):
+        cache.images(np.array([10, 19]), EDGES, slice(None))
 
 
 def test_a_missing_file_is_named(cache: ActivationCache) -> None:
     with pytest.raises(UserError, match=r"no such file: .*unit-00000000.safetensors"):
-        cache.chunk(Chunk(0, 0, 4), 0, slice(None))
+        cache.images(np.array([0, 11]), EDGES, slice(None))
 
 
 def test_a_file_that_is_not_what_the_record_says(cache: ActivationCache) -> None:
     other = ActivationCache(cache.folder, replace(RECORD, width=D + 1))
     with pytest.raises(UserError, match=r"holds \[9, 4, 6\] BF16, which is not what cache.json says"):
-        other.chunk(Chunk(1, 0, 4), 10, slice(None))
+        other.images(np.array([10, 11]), EDGES, slice(None))
 
 
 def test_no_record_and_a_later_format(tmp_path: Path) -> None:

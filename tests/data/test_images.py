@@ -1,13 +1,19 @@
 """Bytes → pixels: the transform's arithmetic, odd modes, and reasons for what cannot be read."""
 
 import io
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from patchsae_ray.data import images
-from patchsae_ray.data.images import BadImage, decode
+from patchsae_ray.data.images import FORMATS, BadImage, decode
+from patchsae_ray.data.scans import IMAGE_EXTENSIONS
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
@@ -66,6 +72,116 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     ]:
         with pytest.raises(BadImage, match=reason):
             decode(data, 32)
-    monkeypatch.setattr(images.Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(BadImage, match="too many pixels"):
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 63)
+    with pytest.raises(BadImage, match="too many pixels: 64 x 64, at most 4,032 are read"):
         decode(whole, 32)
+
+
+def strip(width: int, height: int) -> bytes:
+    """A PNG of a grey strip, of about a hundred bytes however long it is."""
+    return encoded(Image.new("L", (width, height), 128), optimize=True)
+
+
+def test_a_strip_is_read_up_to_a_bound_on_what_it_is_resized_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    for width, height in [(1, 8_000), (8_000, 1), (1, 100_000)]:
+        with pytest.raises(BadImage, match=rf"too long for its width: {width:,} x {height:,} would be resized to .*33,554,432"):
+            decode(strip(width, height), 224)
+    assert (decode(strip(2, 1_300), 224) == 128).all()
+    monkeypatch.setattr(images, "MAX_RESIZED_PIXELS", 32 * 64)
+    assert decode(strip(10, 20), 32).shape == (32, 32, 3)
+    with pytest.raises(BadImage, match=r"resized to 32 x 67 pixels"):
+        decode(strip(10, 21), 32)
+
+
+def test_the_formats_are_those_of_the_extensions_that_are_listed() -> None:
+    Image.init()
+    assert {Image.EXTENSION[extension] for extension in IMAGE_EXTENSIONS} == set(FORMATS)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_each_format(form: str) -> None:
+    bars = np.zeros((32, 40, 3), np.uint8) + (np.arange(40, dtype=np.uint8) // 8 * 50)[None, :, None]
+    exactly = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}}
+    found = decode(encoded(Image.fromarray(bars), form, **exactly.get(form, {})), 32)
+    assert np.abs(found.astype(int) - bars[:, 4:36]).max() <= (2 if form == "JPEG" else 0)
+
+
+def test_a_camera_s_multi_picture_jpeg_is_read_as_its_first() -> None:
+    data = encoded(
+        Image.new("RGB", (32, 32), (250, 250, 250)), "MPO", save_all=True, append_images=[Image.new("RGB", (32, 32))]
+    )
+    assert (decode(data, 32) == 250).all()
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(written) (w) file closefile\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("data", [EPS, encoded(gradient(32, 32), "ICO"), encoded(gradient(32, 32), "PCX")])
+def test_other_formats_are_not_tried(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *a, **k: pytest.fail("Ghostscript was called"))
+    with pytest.raises(BadImage, match=r"not an image of a known format \(BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP\)"):
+        decode(data, 32)
+
+
+def test_no_memory_is_not_the_image_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(images, "resize", no_memory)
+    with pytest.raises(MemoryError):
+        decode(encoded(gradient(32, 40)), 32)
+
+
+HOSTILE = """
+import resource, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from patchsae_ray.data.images import FORMATS, BadImage, decode
+from patchsae_ray.data.scans import IMAGE_EXTENSIONS
+
+def reason(path):
+    try:
+        return str(decode(Path(path).read_bytes(), 224).shape)
+    except BadImage as error:
+        return str(error)
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+reason(sys.argv[1])
+usual = peak()
+with ThreadPoolExecutor(4) as pool:
+    for found in pool.map(reason, sys.argv[1:] * 4):
+        print(found)
+print((peak() - usual) // (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def header_only(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels."""
+    data = bytearray(strip(1, 1))
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+def test_hostile_images_are_named_and_take_no_memory_in_any_thread(tmp_path: Path) -> None:
+    paletted = encoded(gradient(64, 64).convert("P"), transparency=bytes(range(256)))  # Pillow warns of these
+    hostile = {
+        "good.png": (encoded(gradient(640, 480)), r"\(224, 224, 3\)"),
+        "palette.png": (paletted, r"\(224, 224, 3\)"),
+        "narrow.png": (strip(1, 8_000), "too long for its width"),
+        "narrower.png": (strip(1, 100_000), "too long for its width"),
+        "large.png": (encoded(Image.new("1", (9_000, 10_000))), "too many pixels: 9,000 x 10,000"),
+        "huge.png": (header_only(60_000, 60_000), "too many pixels"),
+        "program.png": (EPS, "not an image of a known format"),
+        "program.eps": (EPS, "not an image of a known format"),
+    }
+    for name, (data, _) in hostile.items():
+        (tmp_path / name).write_bytes(data)
+    command = [sys.executable, "-c", HOSTILE, *(str(tmp_path / name) for name in hostile)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr == "", "nothing of Pillow's reaches the terminal"
+    *reasons, grown = done.stdout.splitlines()
+    assert len(reasons) == 4 * len(hostile)
+    for found, (_, wanted) in zip(reasons, [*hostile.values()] * 4, strict=True):
+        assert re.match(wanted, found), found
+    assert int(grown) < 300, f"{grown} MiB above the usual"

@@ -128,3 +128,18 @@ def test_quality_against_the_definitions() -> None:
 def test_prefixes_keep_accumulators_apart() -> None:
     arrays = {**prefixed("a", {"x": np.ones(2)}), **prefixed("ab", {"x": np.zeros(3)})}
     assert without_prefix("a", arrays)["x"].tolist() == [1.0, 1.0]
+
+
+def test_quality_of_identical_tokens_and_of_zeros() -> None:
+    x = (torch.randn(1, 6, generator=torch.Generator().manual_seed(0)) + 3).expand(50, 6)
+    same = ReconstructionQuality(6)
+    for rows in (slice(0, 20), slice(20, 50)):
+        same.update(x[rows], x[rows] + 0.1, torch.rand(9), 1)
+    found = same.result()
+    assert found is not None
+    assert math.isnan(found.explained_variance), "nothing varies, so there is nothing to explain"
+    zeros = ReconstructionQuality(6)
+    zeros.update(torch.cat([x, torch.zeros(50, 6)]), torch.cat([x + 0.1, torch.ones(50, 6)]), torch.rand(9), 2)
+    half = zeros.result()
+    assert half is not None
+    assert half.mse == pytest.approx(found.mse / 2), "a token of zeros has no length to divide its error by"

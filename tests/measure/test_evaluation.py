@@ -1,6 +1,5 @@
 """The sums of an evaluation against dense float64 computations, an image and a condition at a time."""
 
-import copy
 import math
 from dataclasses import asdict
 
@@ -18,7 +17,6 @@ from patchsae_ray.measure import evaluator
 from patchsae_ray.measure.arrays import from_bytes, to_bytes
 from patchsae_ray.measure.evaluation import EvaluationTotals, TokenMetrics, TokenResult
 from patchsae_ray.measure.evaluator import Evaluator, MeanTotals, ResidualSummer, ZeroShotHead
-from patchsae_ray.measure.image_errors import ImageError
 from patchsae_ray.measure.recovered import ZeroShotResult, conditions_of
 from patchsae_ray.names import Tokens
 from patchsae_ray.sae.model import SparseAutoencoder
@@ -211,29 +209,3 @@ def test_nothing_measured_and_nothing_labelled(backbone: Backbone, sae: SparseAu
     assert tokens["all"].num_tokens == 69 * 17
     with pytest.raises(UserError, match="the image at position 68: its label is 6, but there are 6 class names"):
         evaluate(backbone, sae, unit, labels=np.array([5] * 68 + [6]))
-
-
-def test_residuals_that_are_not_finite_are_named(
-    backbone: Backbone, sae: SparseAutoencoder, unit: DecodedUnit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    head = head_of(backbone, unit, "all")
-    plain = backbone.to_hook
-
-    def spoilt(pixels: torch.Tensor) -> torch.Tensor:
-        x = plain(pixels).clone()
-        if len(x) == 16:
-            x[9, 3, 5] = torch.inf
-        return x
-
-    monkeypatch.setattr(backbone, "to_hook", spoilt)
-    later = unit.positions + 1000
-    for model in (Evaluator(backbone, sae, "all", 16, head), Evaluator(backbone, sae, "cls", 16)):
-        with pytest.raises(ImageError, match="the image at position 1009: its residuals are not finite") as raised:
-            model.unit(unit.pixels, later, unit.labels)
-    with pytest.raises(ImageError, match="position 1009"):
-        ResidualSummer(backbone, "all", 16, "cpu").unit(unit.pixels, later)
-    again = copy.copy(raised.value)
-    assert (again.position, str(again)) == (1009, str(raised.value)), "it can be made again, as on its way between processes"
-    for totals in (EvaluationTotals(), MeanTotals()):
-        with pytest.raises(ImageError, match="position 1009"):
-            totals.add(from_bytes(to_bytes(raised.value.to_arrays())))

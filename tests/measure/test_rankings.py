@@ -59,3 +59,28 @@ def test_names() -> None:
 def test_wrong_names(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_rankings(text)
+
+
+@pytest.mark.parametrize("num_latents", [3, 2**16, 2**16 + 1])
+def test_kept_orders_are_compact_and_lose_nothing(monkeypatch: pytest.MonkeyPatch, num_latents: int) -> None:
+    counts = np.random.default_rng(0).integers(0, 50, (num_latents, 4))
+    ranker = Ranker(counts, num_latents, 0, "cpu", counts[:, ::-1])
+    made = []
+    sort = np.argsort
+    monkeypatch.setattr(np, "argsort", lambda *given, **more: made.append(1) or sort(*given, **more))
+    labels = [3, 0, 3, 1]
+    for name, wanted in (("class", counts), ("cross", counts[:, ::-1]), ("class", counts)):
+        (ranks,) = ranker.ranks(Ranking(name), labels, labels, no_means)
+        assert ranks.dtype == torch.int64
+        for row, label in zip(ranks.numpy(), labels, strict=True):
+            order = sort(-wanted[:, label].astype(np.float64), kind="stable")
+            assert np.array_equal(row[order], np.arange(num_latents))
+    assert len(made) == 6, "each class is put in order once"
+
+
+def test_a_thousand_classes_of_the_released_width_are_all_kept() -> None:
+    ranker = Ranker(np.zeros((49_152, 1), dtype=np.int64), 49_152, 0, "cpu")
+    assert ranker._of_class.cache_info().maxsize >= 10 * 1000
+    (ranks,) = ranker.ranks(Ranking("class"), [0], [0], no_means)
+    assert ranker._of_class(0, False).nbytes * 1000 < 100e6
+    assert torch.equal(ranks[0], torch.arange(49_152))

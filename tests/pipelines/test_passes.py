@@ -12,9 +12,10 @@ import torch
 
 from patchsae_ray.data.catalog import open_dataset
 from patchsae_ray.pipelines import cluster
-from patchsae_ray.pipelines.cluster import Plan
+from patchsae_ray.pipelines.decoding import decoded_units
+from patchsae_ray.pipelines.planning import Plan
 from patchsae_ray.pipelines.progress import duration, progress_line
-from patchsae_ray.pipelines.units import _Actor, decoded_units
+from patchsae_ray.pipelines.units import _Actor
 from tests.conftest import GOLDEN, JobRunner, RayHead, golden_flags, golden_model_flags
 from tests.data.makers import make_folder, parquet_bytes, picture, tar_bytes, write
 
@@ -32,7 +33,7 @@ def joined(ray_head: RayHead) -> Iterator[None]:
 def test_decode_and_model_stay_two_operators(capfd: pytest.CaptureFixture[str]) -> None:
     plan = cluster.make_plan("auto")
     assert plan == Plan(
-        "cpu", min_actors=1, max_actors=1, actor_cpus=1.0, actor_gpus=0.0, decode_cpus=0.5, threads=2, precision="fp32"
+        "cpu", min_actors=1, max_actors=1, actor_cpus=1.5, actor_gpus=0.0, decode_cpus=0.5, threads=2, precision="fp32"
     )
     manifest = open_dataset("golden", str(GOLDEN / "images"), None, None)
     rows = decoded_units(manifest, range(len(manifest.units)), 32, plan, None)
@@ -123,25 +124,3 @@ def test_progress_lines() -> None:
     assert progress_line("extract", 1024, 10_000, 620, 2.0) == "extract: 1,024/10,000 images, 310.0 images/s, 29 s left"
     assert progress_line("extract", 5, 10, 0, 0.0) == "extract: 5/10 images"
     assert [duration(seconds) for seconds in (4.4, 61, 7385)] == ["4 s", "1 min 01 s", "2 h 03 min"]
-
-
-@pytest.mark.parametrize(
-    ("cpus", "gpus", "device"),
-    [
-        ([1], 0, "cpu"),
-        ([2], 0, "cpu"),
-        ([16], 0, "cpu"),
-        ([4, 8], 0, "cpu"),
-        ([16], 1, "cuda"),
-        ([2], 1, "cuda"),
-        ([4], 8, "cuda"),
-    ],
-)
-def test_actors_never_take_every_cpu(monkeypatch: pytest.MonkeyPatch, cpus: list[float], gpus: int, device: str) -> None:
-    nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cpus]
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(sum(cpus)), **({"GPU": gpus} if gpus else {})})
-    plan = cluster.make_plan("auto")
-    assert plan.device == device
-    assert plan.max_actors * plan.actor_cpus + plan.decode_cpus <= sum(cpus)
-    assert plan.decode_cpus != plan.actor_cpus

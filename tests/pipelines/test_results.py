@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from patchsae_ray.errors import UserError
+from patchsae_ray import storage
+from patchsae_ray.errors import StoreError, UserError
 from patchsae_ray.pipelines.results import ResultFolder, finished, read_run_file, record_of_file, run_key
 
 
@@ -48,7 +49,9 @@ def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
 def test_overwriting_drops_what_the_new_run_does_not_make(tmp_path: Path) -> None:
     make(folder(tmp_path, threshold=0.2))
     (tmp_path / "notes.txt").write_text("mine")
-    make(folder(tmp_path, ("a.bin",), threshold=0.3), b"new")
+    other = folder(tmp_path, ("a.bin",), threshold=0.3)
+    other.check(overwrite=True)
+    make(other, b"new")
     assert {path.name for path in tmp_path.iterdir()} == {"a.bin", "run.json", "notes.txt"}
     assert folder(tmp_path, ("a.bin",), threshold=0.3).done()
     assert not folder(tmp_path, threshold=0.2).done()
@@ -120,6 +123,75 @@ def test_unfinished_business_of_another_job_is_remembered(tmp_path: Path) -> Non
     other.write("c.bin", b"c")
     other.commit({"summary": {}})
     folder(tmp_path, threshold=0.2).check(overwrite=False)
+
+
+@pytest.mark.parametrize("first_to_write", [0, 1])
+def test_of_two_runs_that_find_a_folder_empty_one_is_refused_before_it_writes(tmp_path: Path, first_to_write: int) -> None:
+    runs = [folder(tmp_path, threshold=0.2), folder(tmp_path, threshold=0.3)]
+    for one in runs:
+        one.check(overwrite=False)
+    first, second = runs[first_to_write], runs[1 - first_to_write]
+    first.write("a.bin", b"first")
+    with pytest.raises(UserError, match=rf"a\.bin is another run's \(threshold {first.identity['threshold']} there"):
+        second.write("a.bin", b"second")
+    first.write("b.bin", b"first")
+    first.commit({"summary": {}})
+    with pytest.raises(UserError, match=r"a\.bin is another run's"):
+        second.write("a.bin", b"second")
+    assert (tmp_path / "a.bin").read_bytes() == b"first"
+    assert set(read_run_file(str(tmp_path))["runs"]) == {"extract"}
+    assert first.done_meanwhile()
+
+
+def test_a_run_whose_folder_was_taken_with_overwrite_does_not_commit(tmp_path: Path) -> None:
+    first, second = folder(tmp_path, threshold=0.2), folder(tmp_path, threshold=0.3)
+    for name in first.outputs:
+        first.write(name, b"first")
+    second.check(overwrite=True)
+    second.write("a.bin", b"second")
+    with pytest.raises(UserError, match=r"a\.bin is another run's \(threshold 0\.3 there, 0\.2 here\)"):
+        first.commit({"summary": {}})
+    second.write("b.bin", b"second")
+    second.commit({"summary": {}})
+    assert folder(tmp_path, threshold=0.3).done()
+
+
+def test_two_drivers_of_one_run_both_commit(tmp_path: Path) -> None:
+    drivers = [folder(tmp_path, threshold=0.2) for _ in range(2)]
+    for name in drivers[0].outputs:
+        for driver in drivers:
+            driver.write(name, b"same")
+    for driver in drivers:
+        driver.commit({"summary": {}})
+        assert driver.done_meanwhile()
+
+
+def test_without_overwrite_a_file_that_this_run_does_not_make_stays(tmp_path: Path) -> None:
+    make(ResultFolder(str(tmp_path), "extract", {"figure": 12}, {"a.bin": "numbers", "figure.png": "12"}))
+    make(ResultFolder(str(tmp_path), "extract", {"figure": 0}, {"a.bin": "numbers", "quality.json": "q"}))
+    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", "figure.png", "quality.json", "run.json"}
+    assert set(read_run_file(str(tmp_path))["files"]) == {"a.bin", "figure.png", "quality.json"}
+
+
+def test_a_run_is_looked_up_patiently_once_it_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = folder(tmp_path, threshold=0.2)
+    make(folder(tmp_path, threshold=0.2))
+    failures = [StoreError("the store is away")] * 2
+    read = storage.read_bytes
+
+    def sometimes(uri: str) -> bytes:
+        if failures:
+            raise failures.pop()
+        return read(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", sometimes)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert one.done_meanwhile()
+    failures += [StoreError("the store is away")]
+    one.check(overwrite=False)
+    failures += [StoreError("the store is away")]
+    with pytest.raises(StoreError):
+        folder(tmp_path, threshold=0.2)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", json.dumps({"format": 99})])

@@ -8,6 +8,7 @@ import torch
 
 from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines.resume import AsyncWriter, ResumeFolder
+from tests.faulty_proxy import LOST, FaultyProxy
 
 IDENTITY = {"lr": 0.1, "clip": "abc"}
 
@@ -57,6 +58,19 @@ def test_a_committed_one_is_never_overwritten(tmp_path: Path) -> None:
     newest = found.newest()
     assert newest is not None
     assert float(newest.tensors["W_enc"][0, 0]) == 1.0
+
+
+@pytest.mark.parametrize("fault", ["ConditionalRequestConflict", "ExpiredToken", LOST])
+def test_saving_survives_a_store_that_fails_once(faulty_s3: FaultyProxy, tmp_path: Path, fault: str) -> None:
+    found = ResumeFolder(f"s3://bucket/{tmp_path.name}/resume", "k" * 32, IDENTITY)
+    for step in (1, 2, 3):
+        failed = faulty_s3.fail(fault, "PUT", f"{step}.safetensors")
+        found.save(step, state(step))
+        assert failed.met == 1
+    assert found.steps() == [2, 3]
+    newest = found.newest()
+    assert newest is not None
+    assert float(newest.tensors["W_enc"][0, 0]) == 3.0
 
 
 def test_another_runs_checkpoint_is_refused_by_name(tmp_path: Path) -> None:

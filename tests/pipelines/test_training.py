@@ -98,7 +98,7 @@ def test_the_seed_decides_the_weights(train_here: Train, tmp_path: Path, plain: 
         ["--token_share", "0.5"],
         ["--activation_dtype", "fp32"],
         ["--batch_tokens", "100"],
-        ["--buffer_tokens", "2000"],
+        ["--buffer_tokens", "500"],
         ["--clip_batch_size", "4"],
         ["--b_dec_init_method", "mean"],
         ["--vit_type", "maple", "--model_path", str(GOLDEN / "model.pth.tar-5"), "--config_path", str(GOLDEN / "maple.yaml")],

@@ -86,8 +86,8 @@ def test_refused(tmp_path: Path) -> None:
     cut.write_bytes(whole[: len(whole) // 2])
     torch.save({"cfg": Evil(), "state_dict": tensors()}, evil)
     torch.save({"cfg": {"gated_sae": True}, "state_dict": tensors()}, gated)
-    torch.save({"cfg": {}, "state_dict": {**tensors(), "b_enc": torch.zeros(3)}}, short)
-    torch.save({"cfg": {}, "state_dict": {**tensors(), "b_enc": torch.full((24,), float("inf"))}}, infinite)
+    torch.save({"cfg": CONFIG, "state_dict": {**tensors(), "b_enc": torch.zeros(3)}}, short)
+    torch.save({"cfg": CONFIG, "state_dict": {**tensors(), "b_enc": torch.full((24,), float("inf"))}}, infinite)
     cut_safe = tmp_path / "cut.safetensors"
     cut_safe.write_bytes(safetensors_bytes(make_sae(8, 24, 1), CONFIG)[:500])
     wrong = {

@@ -1,11 +1,13 @@
 """The objective's parts that the golden steps do not reach, and the schedules."""
 
+import math
+
 import pytest
 import torch
 
 from patchsae_ray.sae.objective import Objective, loss_terms
 from patchsae_ray.sae.schedules import Schedule
-from patchsae_ray.sae.trainer import Trainer
+from patchsae_ray.sae.trainer import Path, Trainer
 from tests.sae.test_ops import make_sae, residual
 
 
@@ -60,3 +62,28 @@ def test_schedules(name: str, expected: dict[int, float]) -> None:
 
 def test_no_warm_up_steps() -> None:
     assert Schedule("constantwithwarmup", 10, warm_up_steps=0).factor(0) == 1
+
+
+@pytest.mark.parametrize("path", ["dense", "sparse"])
+@pytest.mark.parametrize("perfect", [False, True])
+def test_a_token_of_zeros_weighs_nothing(path: Path, perfect: bool) -> None:
+    """Its error cannot be divided by its length; with b_dec at 0 and no active latent its reconstruction is exact besides."""
+    states = []
+    for rows in ([0, 1, 2], [1, 2]):
+        sae = make_sae(8, 30, 0)
+        if perfect:
+            sae.b_dec.data.zero_()
+            sae.b_enc.data.fill_(-1e-3)
+        trainer = Trainer(sae, Objective(l1_coefficient=0.0), Schedule("constant", 9), path=path, dead_feature_window=0)
+        x = torch.stack([torch.zeros(8), *residual(1, 2, 8)])[rows]
+        metrics = [trainer.step(x, x.norm(dim=1) == 0) for _ in range(3)]
+        assert all(math.isfinite(one.loss) for one in metrics)
+        assert metrics[-1].ghost > 0, "latents were under ghost gradients"
+        states.append((metrics, trainer.state(), trainer.window_result()))
+    (with_zeros, state, window), (without, other, alone) = states
+    assert with_zeros[0].mse_loss == pytest.approx(without[0].mse_loss * 2 / 3, rel=1e-6), "it is among the tokens of the mean"
+    assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())
+    assert set(state) == set(other)
+    assert window.mse == pytest.approx(alone.mse * 2 / 3, rel=0.05)
+    for value in window.as_metrics().values():
+        assert math.isfinite(value)

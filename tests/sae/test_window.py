@@ -12,7 +12,7 @@ from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.sae.objective import Objective
 from patchsae_ray.sae.schedules import Schedule
 from patchsae_ray.sae.trainer import Path, Trainer
-from patchsae_ray.sae.window import LOG_DENSITY_EDGES, TrainingWindow, token_sums
+from patchsae_ray.sae.window import LOG_DENSITY_EDGES, TrainingWindow, explained_variance, token_sums
 from tests.sae.test_ops import make_sae, residual
 
 
@@ -100,3 +100,23 @@ def test_no_tokens() -> None:
     assert result.num_tokens == 0
     assert all(math.isnan(value) for value in (result.explained_variance, result.l0, result.dense_share))
     assert result.log_density.tolist() == [4] + [0] * 14
+
+
+def test_identical_tokens_have_no_variance_to_explain() -> None:
+    sae, token = make_sae(12, 50, 1), residual(2, 1, 12) + 5
+    window = TrainingWindow(12, 50)
+    for size in (90, 7, 33):
+        window.update(batch(sae, token.expand(size, 12).contiguous())[2])
+    found = window.result(0.0)
+    assert math.isnan(found.explained_variance)
+    assert found.mse > 0
+    nearly = token + 1e-4 * residual(3, 200, 12)  # far above float32's rounding, far below the length
+    window.clear()
+    window.update(batch(sae, nearly)[2])
+    wanted = direct(nearly, *batch(sae, nearly)[:2])["explained_variance"]
+    assert window.result(0.0).explained_variance == pytest.approx(wanted, rel=1e-3)
+
+
+def test_explained_variance_without_tokens_is_undefined() -> None:
+    assert math.isnan(explained_variance(0.0, 0.0, np.zeros(3), 0))
+    assert explained_variance(1.0, 10.0, np.array([1.0, 1.0]), 4) == pytest.approx(1 - 1 / (10 - 0.5))
