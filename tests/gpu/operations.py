@@ -157,4 +157,3 @@ def pinned_batches(device: str) -> list[Figure]:
 
 
 CASES = (reductions, decoding, masking, long_bags, top_images, timing, pinned_batches)
-NEEDS: tuple[str, ...] = ("numpy", "safetensors")

@@ -219,4 +219,3 @@ def steering(device: str) -> list[Figure]:
 
 
 CASES = (residuals, residual_batches, compiling, chunk_tower, extraction, evaluation, steering)
-NEEDS: tuple[str, ...] = ("numpy", "safetensors", "fsspec", "yaml", "PIL", "pyarrow", "pandas", "open_clip", "ftfy")

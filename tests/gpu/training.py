@@ -140,4 +140,3 @@ def _peak(run: Callable[..., Pass], device: str, tokens: int, precision: str) ->
 
 
 CASES = (gradients, steps, steps_in_bf16, collectives, peak_memory)
-NEEDS: tuple[str, ...] = ("numpy", "safetensors")
