@@ -25,6 +25,19 @@ def test_every_entry_is_still_there() -> None:
     assert (ROOT / "tests" / "pipelines").is_dir()
 
 
+def test_what_is_compiled_is_what_test_compiled_compiles() -> None:
+    calls = [
+        (path.relative_to(PACKAGE).as_posix(), ast.unparse(node))
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.compile", "torch.jit.script", "Compiled")
+    ]
+    assert calls == [
+        ("measure/compiling.py", "torch.compile(self._function, dynamic=False)"),
+        ("measure/residuals.py", "Compiled(backbone.to_hook, 'the vision tower')"),
+    ]
+
+
 def test_every_case_of_the_list_exists() -> None:
     assert {case for cases in BRANCHES.values() for case in cases} <= CASES
 
