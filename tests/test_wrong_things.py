@@ -116,8 +116,8 @@ def test_nothing_from_outside_is_run(refused: Refused, tmp_path: Path) -> None:
     archive = str(writing_archive(tmp_path / "archive.pt", written))
     refused("extract", changed(golden_flags(), clip_weights=archive), f"{archive} would run __torch__.")
     evil = tmp_path / "evil.pt"
-    evil.write_bytes(pickle.dumps({"state_dict": Command(written)}))
-    refused("extract", changed(golden_flags(), clip_weights=str(evil)), f"{evil} is not a checkpoint of tensors alone")
+    evil.write_bytes(pickle.dumps({"state_dict": Command(written)}, protocol=2))
+    refused("extract", changed(golden_flags(), clip_weights=str(evil)), f"{evil} is not a checkpoint of tensors alone: Trying")
     torch.save({"cfg": Command(written), "state_dict": {}}, evil)
     refused("extract", changed(golden_flags(), sae_path=str(evil)), f"{evil} would run posix.system when unpickled")
     assert not written.exists()
@@ -154,6 +154,11 @@ def test_archives_that_unpack_to_more_than_they_hold(refused: Refused, tmp_path:
             new.writestr(name, old.read(name))
     for flag in ("sae_path", "clip_weights"):
         refused("extract", changed(golden_flags(), **{flag: str(bomb)}), f"{bomb} unpacks to 25,6")
+    one = torch.zeros(1, dtype=torch.float16)
+    sizes = {"W_enc": (128, 10**9), "b_enc": (10**9,), "W_dec": (10**9, 128), "b_dec": (128,), "visual.class_embedding": (1,)}
+    torch.save({"cfg": {}, "state_dict": {name: one.expand(size) for name, size in sizes.items()}}, bomb)
+    for flag in ("sae_path", "clip_weights"):
+        refused("extract", changed(golden_flags(), **{flag: str(bomb)}), f"{bomb} claims tensors of 514,000,000,258 bytes in ")
 
 
 def test_weights_that_do_not_fit_are_found_before_ray(refused: Refused, tmp_path: Path) -> None:
@@ -163,6 +168,12 @@ def test_weights_that_do_not_fit_are_found_before_ray(refused: Refused, tmp_path
     refused("extract", changed(golden_flags(), backbone=str(tmp_path / "deeper.json")), "is missing, which --backbone")
     (tmp_path / "odd.json").write_text(json.dumps({**config, "vision_cfg": "x"}))
     refused("extract", changed(golden_flags(), backbone=str(tmp_path / "odd.json")), "vision_cfg is no mapping")
+    for key, value in [("width", "wide"), ("layers", 0), ("image_size", [32]), ("patch_size", -1), ("width", [128])]:
+        odd = {**config, "vision_cfg": {**config["vision_cfg"], key: value}}
+        (tmp_path / "odd.json").write_text(json.dumps(odd))
+        refused("extract", changed(golden_flags(), backbone=str(tmp_path / "odd.json")), f"vision_cfg.{key} is {value!r}; a")
+    (tmp_path / "odd.json").write_text("[" * 100_000)
+    refused("extract", changed(golden_flags(), backbone=str(tmp_path / "odd.json")), "odd.json is not JSON: ")
     whole = load_file(GOLDEN / "clip.safetensors")
     save_file({key: value for key, value in whole.items() if key.startswith("visual")}, tmp_path / "vision.safetensors")
     counts = ["--cls_wise_sae_activation_path", "x.npy"]
@@ -236,6 +247,13 @@ def test_class_counts_of_another_kind(refused: Refused, tmp_path: Path) -> None:
     cut.write_bytes(Path(whole).read_bytes()[:200])
     refused("steer", [*flags, str(cut)], "not a whole .npy")
     refused("steer", [*flags, str(GOLDEN / "sae.pt")], "is not a .npy array of numbers")
+    whole_shape = b"(1024, 6), }    "
+    assert whole_shape in Path(whole).read_bytes()
+    for shape in (b"(999999999999,)}", b"((1024, 6),     "):  # more than there is, and a torn header
+        cut.write_bytes(Path(whole).read_bytes().replace(whole_shape, shape))
+        refused("steer", [*flags, str(cut)], "not a whole .npy")
+    cut.write_bytes(b"PK\3\4, a torn archive")
+    refused("steer", [*flags, str(cut)], "not a whole .npy")
     refused("steer", [*flags, whole, "--topk", "²"], "--topk '²'")
     refused("steer", [*flags, whole, "--topk", "0"], "--topk '0'")
     refused("steer", [*flags, whole, "--topk", "1,2000"], "--topk 2000: the SAE has 1024 latents")

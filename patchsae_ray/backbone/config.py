@@ -125,7 +125,7 @@ def _model_config(model: str, backbone: str) -> dict[str, Any]:
             raise UserError(f"--backbone {backbone}: no such file")
         try:
             config = json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--backbone {backbone} is not JSON: {error}") from error
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config if isinstance(config, dict) else ())
         if missing:
@@ -133,12 +133,23 @@ def _model_config(model: str, backbone: str) -> dict[str, Any]:
         for part in ("vision_cfg", "text_cfg"):
             if not isinstance(config[part], dict):
                 raise UserError(f"--backbone {backbone} is no open_clip model config: {part} is no mapping")
+        _check_numbers(config["vision_cfg"], backbone)
         return dict(config)
     config = open_clip.get_model_config(model)
     if config is None:
         hint = nearest(model, [*open_clip.list_models(), *configs.names("models")])
         raise UserError(f"--backbone {backbone}: not in configs/models, not an open_clip model, not a JSON file{hint}")
     return dict(config)
+
+
+def _check_numbers(vision: dict[str, Any], backbone: str) -> None:
+    """See that what is read here of a vision tower is whole numbers from 1: sides may be pairs, layers ResNet's list."""
+    for key in ("image_size", "patch_size", "width", "layers"):
+        value = vision.get(key, 1)
+        listed = isinstance(value, list) and (key == "layers" or (key != "width" and len(value) == 2))
+        numbers = value if listed else [value]
+        if not all(type(number) is int and number >= 1 for number in numbers):
+            raise UserError(f"--backbone {backbone}: vision_cfg.{key} is {value!r}; a whole number from 1 would be right")
 
 
 def _check_supported(config: BackboneConfig) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from patchsae_ray import storage
 from patchsae_ray.backbone.torchscript import is_torchscript, read_torchscript
 from patchsae_ray.errors import UserError, first_line
-from patchsae_ray.inert import check_size
+from patchsae_ray.inert import check_claims, check_size
 
 StateDict = dict[str, torch.Tensor]
 
@@ -95,11 +95,13 @@ def _read_torch(file: Path) -> StateDict:
             warnings.simplefilter("ignore", UserWarning)
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types here; the file is at fault in each
-        raise UserError(f"{file} is not a checkpoint of tensors alone: {first_line(error)}") from error
+        reason = error.__context__ or error  # torch wraps what went wrong in advice to unpickle everything
+        raise UserError(f"{file} is not a checkpoint of tensors alone: {first_line(reason)}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise UserError(f"{file} holds no state dict; expected names mapped to tensors")
+    check_claims(str(file), loaded, file.stat().st_size)
     return loaded
 
 
@@ -123,12 +125,14 @@ def _read_hugging_face(folder: Path) -> Weights:
             raise UserError(f"--clip_weights {folder}: a Hugging Face CLIP directory holds {needed.name}, this has none")
     try:
         parsed = json.loads(config.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{config} is not JSON: {error}") from error
-    if parsed.get("model_type") != "clip":
-        raise UserError(f"{config}: model_type is {parsed.get('model_type')!r}, expected 'clip'")
+    kind = parsed.get("model_type") if isinstance(parsed, dict) else None
+    if kind != "clip":
+        raise UserError(f"{config}: model_type is {kind!r}, expected 'clip'")
+    vision = parsed.get("vision_config")
     # Hugging Face's CLIP defaults to quick_gelu where the config leaves the activation out.
-    activation = (parsed.get("vision_config") or {}).get("hidden_act", "quick_gelu")
+    activation = vision.get("hidden_act", "quick_gelu") if isinstance(vision, dict) else "quick_gelu"
     state_dict = from_hugging_face(_read_safetensors(weights))
     return Weights(_clean(state_dict, str(folder)), str(folder), quick_gelu=activation == "quick_gelu")
 

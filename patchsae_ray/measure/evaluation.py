@@ -18,6 +18,9 @@ from patchsae_ray.sae.objective import as_divisor
 from patchsae_ray.sae.ops import ActiveLatents
 from patchsae_ray.sae.window import DENSE_TIMES, explained_variance, log_density
 
+PARTIALS = 2
+"""Version of `EvaluationTotals`' arrays: partial results of another version are not read."""
+
 
 @dataclass(frozen=True)
 class TokenResult:

@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from patchsae_ray import storage
 from patchsae_ray.data.catalog import open_dataset
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
+from patchsae_ray.inert import load_inert
+from patchsae_ray.pipelines.counts import read_array
 from patchsae_ray.pipelines.extract import COUNTS_FILE
 from patchsae_ray.pipelines.results import record_of_file
-from patchsae_ray.pipelines.steer_outputs import HALVES_FILE, SUMMARY_FILE
+from patchsae_ray.pipelines.steer_outputs import HALVES_FILE, OUTCOMES_FILE, SUMMARY_FILE
 from patchsae_ray.settings import CompareSettings
 
 TOP_FILE = "max_activating_image_indices.pt"
@@ -46,6 +47,8 @@ class ModelRun:
     """The same among the class's own half."""
     top: np.ndarray | None
     """[s, k] positions of top images, -1 in an empty slot; None where only counts were made."""
+    outcomes: str | None
+    """Where its steering run says of each image what was right; None of a run that was made before such files were."""
 
     def key(self) -> dict[str, str]:
         """The run keys of what it was read from."""
@@ -85,7 +88,7 @@ def read_run(root: str, vit_type: str, dataset: str) -> ModelRun:
     steered = storage.join(root, "eval_outputs", vit_type, dataset)
     counted = _finished(features, COUNTS_FILE, "jobs/extract.py", vit_type)
     steering = _finished(steered, SUMMARY_FILE, "jobs/steer.py", vit_type)
-    counts = np.load(io.BytesIO(storage.read_bytes(storage.join(features, COUNTS_FILE))), allow_pickle=False)
+    counts = read_array(storage.join(features, COUNTS_FILE))
     summary = json.loads(storage.read_text(storage.join(steered, SUMMARY_FILE)))
     ranking = summary["rankings"].get("class")
     if ranking is None:
@@ -98,7 +101,10 @@ def read_run(root: str, vit_type: str, dataset: str) -> ModelRun:
     metrics = _table(storage.join(steered, ranking["table"]))
     halves = _table(storage.join(steered, HALVES_FILE))
     halves = halves[halves["ranking"] == "class"].drop(columns="ranking")
-    return ModelRun(vit_type, counts, counted, steering, summary, metrics, halves, _top(features, counted))
+    outcomes = storage.join(steered, OUTCOMES_FILE)
+    by_image = record_of_file(outcomes)
+    paired = outcomes if by_image is not None and by_image["run_key"] == steering["run_key"] else None
+    return ModelRun(vit_type, counts, counted, steering, summary, metrics, halves, _top(features, counted), paired)
 
 
 def _table(uri: str) -> pd.DataFrame:
@@ -106,11 +112,11 @@ def _table(uri: str) -> pd.DataFrame:
 
 
 def _top(features: str, counted: Mapping[str, Any]) -> np.ndarray | None:
-    record = record_of_file(storage.join(features, TOP_FILE))
+    uri = storage.join(features, TOP_FILE)
+    record = record_of_file(uri)
     if record is None or record["run_key"] != counted["run_key"]:
         return None
-    data = storage.read_bytes(storage.join(features, TOP_FILE))
-    return np.asarray(torch.load(io.BytesIO(data), weights_only=True).numpy())
+    return np.asarray(load_inert(uri, storage.read_bytes(uri), lambda name: False, "tensors").numpy())
 
 
 def _finished(folder: str, name: str, job: str, vit_type: str) -> dict[str, Any]:

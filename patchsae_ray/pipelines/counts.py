@@ -24,12 +24,7 @@ def read_counts(path: str, settings: SteerSettings, model: LoadedModel, manifest
 
     Raises: UserError where it is no such matrix, or by its run.json of another SAE or class list.
     """
-    try:
-        counts = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a whole .npy array of numbers") from error
-    if not isinstance(counts, np.ndarray) or counts.dtype.kind not in "iuf":
-        raise UserError(f"{path} is not a .npy array of numbers")
+    counts = read_array(path)
     if not (counts >= 0).all():
         raise UserError(f"{path} holds numbers below 0, or none at all: counts of tokens would be right")
     s, c = model.autoencoder.d_sae, manifest.num_classes
@@ -46,6 +41,21 @@ def read_counts(path: str, settings: SteerSettings, model: LoadedModel, manifest
         raise UserError(f"{path} has shape {counts.shape}; {(s, c)} for this SAE and these {c} classes would be right")
     log.info("steer: class counts read from %s, %s", path, chosen)
     return counts if chosen == "latents_first" else counts.T
+
+
+def read_array(path: str) -> np.ndarray:
+    """The array of numbers in an .npy file.
+
+    Raises: UserError where it is damaged, of another kind, or claims more than the file holds.
+    """
+    data = storage.read_bytes(path)
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy raises many types for a damaged header
+        raise UserError(f"{path} is not a whole .npy array of numbers") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iuf":
+        raise UserError(f"{path} is not a .npy array of numbers")
+    return array
 
 
 def _check_made_for(path: str, made: dict[str, Any], model: LoadedModel, manifest: Manifest) -> None:

@@ -1,5 +1,6 @@
 """What a steering run writes: tables, summary, curve, and predictions on request."""
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import fields
@@ -8,19 +9,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from patchsae_ray import figures
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
-from patchsae_ray.measure.masking import LEVEL, RESAMPLES, MaskingCurve, halves_of, masked_settings, settings_of
+from patchsae_ray.measure.intervals import LEVEL
+from patchsae_ray.measure.masking import MaskingCurve, halves_of, masked_settings, settings_of
+from patchsae_ray.measure.outcomes import NOT_MEASURED, Outcomes, tried
 from patchsae_ray.measure.rankings import RANKINGS, Ranking
-from patchsae_ray.measure.steering import Predictions, SteeringSettings, SteeringTotals, prediction_columns
+from patchsae_ray.measure.steering import SteeringSettings, prediction_columns
+from patchsae_ray.measure.steering_totals import Predictions, SteeringTotals
 from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet, parquet_bytes
 
 CURVE_FILE = "masking_curve.png"
 SUMMARY_FILE = "summary.json"
 HALVES_FILE = "metrics_halves.csv"
 PREDICTIONS_FILE = "predictions.parquet"
+OUTCOMES_FILE = "outcomes.parquet"
+"""Which images were right, for a comparison on the same images."""
+_ROW_GROUP = 2**20
 MAX_PREDICTION_BYTES = 4 * 2**30
 """Of all predictions, which the driver holds at the end."""
 
@@ -36,7 +44,8 @@ def metrics_file(index: int, ranking: Ranking) -> str:
 def output_names(steering: SteeringSettings) -> list[str]:
     """The files that the run will have written."""
     tables = [metrics_file(index, ranking) for index, ranking in enumerate(steering.rankings)]
-    return [*tables, HALVES_FILE, SUMMARY_FILE, CURVE_FILE, ERRORS_FILE, *([PREDICTIONS_FILE] if steering.predictions else [])]
+    more = [PREDICTIONS_FILE] if steering.predictions else []
+    return [*tables, HALVES_FILE, SUMMARY_FILE, CURVE_FILE, OUTCOMES_FILE, ERRORS_FILE, *more]
 
 
 def check_predictions_fit(num_images: int, rankings: Sequence[Ranking], ks: Sequence[int]) -> None:
@@ -53,14 +62,12 @@ def check_predictions_fit(num_images: int, rankings: Sequence[Ranking], ks: Sequ
         )
 
 
-def summarise(
-    totals: SteeringTotals, steering: SteeringSettings, manifest: Manifest, seed: int
-) -> tuple[dict[str, Any], Curves]:
+def summarise(totals: SteeringTotals, steering: SteeringSettings, manifest: Manifest) -> tuple[dict[str, Any], Curves]:
     """What summary.json holds, and the curves that it is made of."""
-    curves = {ranking.name: totals.accuracy[ranking.name].curve(seed) for ranking in steering.rankings}
+    curves = {ranking.name: totals.accuracy[ranking.name].curve() for ranking in steering.rankings}
     halves = {
         ranking.name: {
-            half: totals.in_half[ranking.name].only(classes).curve(seed)
+            half: totals.in_half[ranking.name].only(classes).curve()
             for half, classes in halves_of(manifest.num_classes).items()
             if totals.in_half[ranking.name].only(classes).images.sum()
         }
@@ -77,7 +84,7 @@ def summarise(
         "intervene": steering.intervene,
         "error_term": steering.error_term,
         "output_offset": steering.output_offset,
-        "intervals": f"{100 * LEVEL:g} %, percentile bootstrap over images within classes, {RESAMPLES} resamples, seed {seed}",
+        "intervals": f"{100 * LEVEL:g} %, over other images of the same classes and other random orders; null where unknown",
         "no_sae": _row(curves[first], halves[first], 0),
         "rankings": {
             ranking.name: {
@@ -93,14 +100,15 @@ def summarise(
     }, curves
 
 
-def _row(curve: MaskingCurve, halves: Curves, row: int) -> dict[str, dict[str, float]]:
+def _row(curve: MaskingCurve, halves: Curves, row: int) -> dict[str, dict[str, float | None]]:
     """A setting's estimates; `base` and `novel` are means over the half's classes, classified among themselves."""
-    found = {field.name: _estimate(getattr(curve, field.name)[row]) for field in fields(curve) if row or field.name != "change"}
-    return {**found, **{half: _estimate(of_half.mean_over_classes[row]) for half, of_half in halves.items()}}
+    found = {field.name: estimate(getattr(curve, field.name)[row]) for field in fields(curve) if row or field.name != "change"}
+    return {**found, **{half: estimate(of_half.mean_over_classes[row]) for half, of_half in halves.items()}}
 
 
-def _estimate(numbers: np.ndarray) -> dict[str, float]:
-    value, low, high = (round(float(number), 6) for number in numbers)
+def estimate(numbers: np.ndarray) -> dict[str, float | None]:
+    """Value, low and high as JSON has them: None where there is no interval."""
+    value, low, high = (None if np.isnan(number) else round(float(number), 6) for number in numbers)
     return {"percent": value, "low": low, "high": high}
 
 
@@ -110,18 +118,20 @@ def _halves_table(steering: SteeringSettings, totals: SteeringTotals) -> pd.Data
     return pd.concat(tables, names=["ranking"])
 
 
-def with_interval(row: dict[str, dict[str, float]]) -> str:
+def with_interval(row: dict[str, dict[str, Any]]) -> str:
     """A row of summary.json, averaged over classes, as text."""
     found = row["mean_over_classes"]
-    return f"{found['percent']:6.2f} % ({found['low']:.2f} to {found['high']:.2f})"
+    interval = "no interval: one image a class" if found["low"] is None else f"{found['low']:.2f} to {found['high']:.2f}"
+    return f"{found['percent']:6.2f} % ({interval})"
 
 
 def steering_metrics(summary: dict[str, Any]) -> dict[str, float]:
     """For MLflow: accuracy_no_sae, accuracy_{ranking}_on_1 and so on, means over classes, with _low and _high."""
     metrics: dict[str, float] = {"images": summary["images"]}
 
-    def put(name: str, found: dict[str, float]) -> None:
-        metrics.update({name: found["percent"], f"{name}_low": found["low"], f"{name}_high": found["high"]})
+    def put(name: str, found: dict[str, float | None]) -> None:
+        numbers = {name: found["percent"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+        metrics.update({key: number for key, number in numbers.items() if number is not None})
 
     put("accuracy_no_sae", summary["no_sae"]["mean_over_classes"])
     for ranking, of_ranking in summary["rankings"].items():
@@ -142,6 +152,8 @@ def result_files(
     files[HALVES_FILE] = _halves_table(steering, totals).to_csv().encode()
     files[SUMMARY_FILE] = (json.dumps(summary, indent=1) + "\n").encode()
     files[CURVE_FILE] = figures.masking_curve(steering.ks, steering.rankings, curves, manifest.num_classes)
+    assert totals.outcomes is not None
+    files[OUTCOMES_FILE] = outcomes_parquet(totals.outcomes, manifest.num_images)
     files[ERRORS_FILE] = errors_parquet(bad)
     if steering.predictions:
         predictions = totals.predictions()
@@ -149,6 +161,22 @@ def result_files(
         assert predictions is not None
         files[PREDICTIONS_FILE] = predictions_parquet(predictions, columns, manifest)
     return files
+
+
+def outcomes_parquet(outcomes: Outcomes, num_images: int) -> bytes:
+    """A row an image of the data set by position: its class, and whether it was right under what `tried` names.
+
+    Empty where an image has no label or could not be read. Some bits an image, and its class where classes are not in runs.
+    """
+    names = tried(outcomes.tried > 2)
+    schema = pa.schema([("label", pa.int32()), *((name, pa.bool_()) for name in names)])
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        for labels, right in outcomes.blocks(num_images, _ROW_GROUP):
+            absent = labels == NOT_MEASURED
+            columns = [pa.array(values, mask=absent) for values in (labels, *right)]
+            writer.write_table(pa.table(columns, schema=schema))
+    return buffer.getvalue()
 
 
 def predictions_parquet(predictions: Predictions, columns: Sequence[str], manifest: Manifest) -> bytes:
