@@ -56,7 +56,8 @@ def find_or_make(source: Source, root_dir: str, relist: bool, runner: TaskRunner
         source: the data set.
         root_dir: of the results.
         relist: make it anew in any case.
-        runner: makes the parts, and writes them where they are kept; None makes them in this process, and writes nothing.
+        runner: makes the parts of a large remote source, and has them written where they are kept; other sources, and all
+            without a runner, are looked through by this process, and nothing is written yet.
 
     Raises: UserError where there is nothing to be read, StoreError once a store has stayed away for too long.
     """
@@ -81,7 +82,7 @@ def _kept(source: Source, folder: str, note_name: str) -> Manifest | None:
 
 
 def _made(source: Source, folder: str, note_name: str, runner: TaskRunner | None) -> Manifest:
-    making = Making() if runner is None else Making(runner, _parts_folder(folder))
+    making = Making(None if storage.is_local(source.uri) else runner, _parts_folder(folder))
     started = time.time()
     listing = list_source(source, making)
     manifest = manifest_of(source, listing, making)

@@ -26,6 +26,7 @@ from patchsae_ray.measure.arrays import Arrays
 from patchsae_ray.measure.image_errors import check_finite
 from patchsae_ray.names import ActivationDtype, Tokens
 from patchsae_ray.pipelines import cluster
+from patchsae_ray.pipelines.manifests import ManifestTasks
 from patchsae_ray.pipelines.model import LoadedModel, PortableModel, load_model
 from patchsae_ray.pipelines.passes import Pass, UnitPass
 from patchsae_ray.pipelines.results import ResultFolder, run_key
@@ -123,8 +124,9 @@ def cache_activations(settings: CacheSettings) -> dict[str, float]:
     """
     model = load_model(settings)
     manifest = open_dataset(
-        settings.dataset_name, settings.dataset_path, settings.split, None, settings.root_dir, settings.relist
-    )
+        settings.dataset_name, settings.dataset_path, settings.split, None, settings.root_dir, settings.relist,
+        ManifestTasks(settings.ray_address, settings.root_dir),
+    )  # fmt: skip
     folders = {}
     for precision in cluster.possible_precisions(settings.precision):
         identity = cache_identity(settings, model, manifest, precision)

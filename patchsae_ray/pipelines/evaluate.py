@@ -32,6 +32,7 @@ from patchsae_ray.pipelines.evaluate_outputs import (
 )
 from patchsae_ray.pipelines.evaluate_worker import Chosen, EvaluateTask, HeadArrays, MeansTask, narrowed
 from patchsae_ray.pipelines.extract import sample_positions
+from patchsae_ray.pipelines.manifests import ManifestTasks
 from patchsae_ray.pipelines.model import Inputs, load_model
 from patchsae_ray.pipelines.passes import Pass, T, UnitPass
 from patchsae_ray.pipelines.results import ResultFolder, run_key
@@ -82,8 +83,9 @@ def read_evaluate_inputs(settings: EvaluateSettings) -> EvaluateInputs:
     """
     split = held_out_split(settings)
     manifest = open_dataset(
-        settings.dataset_name, settings.dataset_path, split, settings.classnames, settings.root_dir, settings.relist
-    )
+        settings.dataset_name, settings.dataset_path, split, settings.classnames, settings.root_dir, settings.relist,
+        ManifestTasks(settings.ray_address, settings.root_dir),
+    )  # fmt: skip
     classified = manifest.labelled and bool(manifest.classnames)
     if manifest.labelled and not classified:
         log.info("evaluate: %s names no classes; --classnames FILE would add zero-shot metrics", manifest.source)

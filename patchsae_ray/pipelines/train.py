@@ -19,6 +19,7 @@ from patchsae_ray.errors import UserError
 from patchsae_ray.figures_train import density_figure, mixing_figure
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.cached import cached_tokens, open_cache
+from patchsae_ray.pipelines.manifests import ManifestTasks
 from patchsae_ray.pipelines.model import LoadedModel, load_model
 from patchsae_ray.pipelines.results import ResultFolder, run_key
 from patchsae_ray.pipelines.resume import ResumeFolder, Saved
@@ -48,8 +49,9 @@ def train(settings: TrainSettings) -> dict[str, float]:
     """
     model = load_model(settings)
     manifest = open_dataset(
-        settings.dataset_name, settings.dataset_path, settings.split, None, settings.root_dir, settings.relist
-    )
+        settings.dataset_name, settings.dataset_path, settings.split, None, settings.root_dir, settings.relist,
+        ManifestTasks(settings.ray_address, settings.root_dir),
+    )  # fmt: skip
     order = order_of(settings, model, manifest)
     uri = checkpoint_folder(settings, model, manifest, order)
     names = [SAE_FILE, SAFE_FILE, MIXING_FILE, DENSITY_FILE, ERRORS_FILE, *_extra_files(settings, order).values()]
