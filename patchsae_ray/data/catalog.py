@@ -7,6 +7,7 @@ from typing import Any
 
 from patchsae_ray import configs, storage
 from patchsae_ray.data.kept import find_or_make
+from patchsae_ray.data.making import TaskRunner
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.sources import Source, list_source, manifest_of
 from patchsae_ray.errors import UserError, nearest
@@ -51,17 +52,18 @@ def open_dataset(
     classnames: str | None,
     root_dir: str | None = None,
     relist: bool = False,
+    runner: TaskRunner | None = None,
 ) -> Manifest:
     """The manifest for `--dataset_name`, `--dataset_path`, `--split` and `--classnames`.
 
     With a path the name is just a name; without one it is looked up in the catalog. With a `root_dir` the manifest that
-    is kept there is taken, unless the source has changed, or with `relist`.
+    is kept there is taken, unless the source has changed, or with `relist`; `runner` is as `find_or_make` takes it.
 
     Raises: UserError for an unknown name or split, a source that is not there, or a class list that does not fit.
     """
     given = read_classnames(classnames) if classnames else None
     if path:
-        return _with_names(_manifest(Source(storage.absolute(path), split), root_dir, relist), given)
+        return _with_names(_manifest(Source(storage.absolute(path), split), root_dir, relist, runner), given)
     entry = find_entry(name)
     if entry is None:
         known = configs.names("datasets")
@@ -75,12 +77,12 @@ def open_dataset(
         if split not in entry.splits:
             raise UserError(f"--split {split}: {name} has {', '.join(entry.splits)}{nearest(split, entry.splits)}")
         source, split = storage.join(source, entry.splits[split]), None
-    manifest = _manifest(Source(storage.absolute(source), split, entry.image, entry.label), root_dir, relist)
+    manifest = _manifest(Source(storage.absolute(source), split, entry.image, entry.label), root_dir, relist, runner)
     return _with_names(manifest, given or (read_classnames(entry.classnames) if entry.classnames else None))
 
 
-def _manifest(source: Source, root_dir: str | None, relist: bool) -> Manifest:
-    return find_or_make(source, root_dir, relist) if root_dir else manifest_of(source, list_source(source))
+def _manifest(source: Source, root_dir: str | None, relist: bool, runner: TaskRunner | None) -> Manifest:
+    return find_or_make(source, root_dir, relist, runner) if root_dir else manifest_of(source, list_source(source))
 
 
 def read_classnames(source: str) -> tuple[str, ...]:

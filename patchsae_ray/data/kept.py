@@ -1,30 +1,39 @@
 """Manifests that are made once per data set and kept under `{root_dir}/out/manifests`.
 
-`{digest of it}.arrow` holds the units and never changes; `{source}.json` says which one a source has, and by what a change
-of the source would show: the times of a local image folder's directories, the list of Parquet files or tars with versions.
-A remote image folder has no such sign but its whole listing; its kept manifest is used until `--relist`.
+`{digest of it}.arrow` says where the units begin and which files of `parts/` hold the rows and the labels; all of these are
+named by their content and never change. `{source}.json` says which one a source has, and by what a change of the source
+would show: the times of a local image folder's directories, the list of Parquet files or tars with versions. A remote image
+folder has no such sign but its whole listing; its kept manifest is used until `--relist`.
 """
 
 import io
 import json
 import logging
+import posixpath
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from patchsae_ray import storage
-from patchsae_ray.data.manifest import UNIT_SCHEMA, Keeping, Manifest, Reading, UnitTable
+from patchsae_ray.data.making import Making, TaskRunner, kept_part, write_named
+from patchsae_ray.data.manifest import Keeping, Manifest, Reading
 from patchsae_ray.data.sources import Listing, Source, list_source, manifest_of
+from patchsae_ray.data.tables import Part, UnitTable
 from patchsae_ray.errors import UserError
-from patchsae_ray.writing import create, write_bytes
+from patchsae_ray.writing import write_bytes
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+_NAMING = 1
+"""Part of what a note is named by, so that notes of the first format are found, and replaced."""
 SETTLING_SECONDS = 1.0
 """A directory changed more recently than this before it was listed may have changed while it was."""
 
@@ -39,47 +48,74 @@ class Sign:
     """Directory → time of change in ns; the digest of the list of files; empty."""
 
 
-def find_or_make(source: Source, root_dir: str, relist: bool) -> Manifest:
+def find_or_make(source: Source, root_dir: str, relist: bool, runner: TaskRunner | None = None) -> Manifest:
     """The manifest of a source: the kept one where the source has not changed, else made anew, for `keep`.
 
-    Raises: UserError where there is nothing to be read.
+    Args:
+        source: the data set.
+        root_dir: of the results.
+        relist: make it anew in any case.
+        runner: makes the parts, and writes them where they are kept; None makes them in this process, and writes nothing.
+
+    Raises: UserError where there is nothing to be read, StoreError once a store has stayed away for too long.
     """
     folder = storage.absolute(storage.join(root_dir, "out", "manifests"))
-    note_name = f"{storage.digest([json.dumps([FORMAT, *asdict(source).values()])])[:16]}.json"
+    note_name = f"{storage.digest([json.dumps([_NAMING, *asdict(source).values()])])[:16]}.json"
+    kept = None if relist else storage.patiently(partial(_kept, source, folder, note_name))
+    return kept or storage.patiently(partial(_made, source, folder, note_name, runner))
+
+
+def _kept(source: Source, folder: str, note_name: str) -> Manifest | None:
     note_uri = storage.join(folder, note_name)
-    if not relist and storage.exists(note_uri):
-        note = json.loads(storage.read_text(note_uri))
-        if _unchanged(source, Sign(**note["sign"])):
-            log.info("manifest of %s kept since %s (--relist lists it anew)", source.uri, note["created"])
-            return _load(storage.join(folder, note["manifest"]))
+    if not storage.exists(note_uri):
+        return None
+    note = json.loads(storage.read_text(note_uri))
+    if note.get("format") != FORMAT:
+        log.info("manifest of %s: the kept one is of an older version; it is made again", source.uri)
+        return None
+    if not _unchanged(source, Sign(**note["sign"])):
+        return None
+    log.info("manifest of %s kept since %s (--relist lists it anew)", source.uri, note["created"])
+    return _load(storage.join(folder, note["manifest"]))
+
+
+def _made(source: Source, folder: str, note_name: str, runner: TaskRunner | None) -> Manifest:
+    making = Making() if runner is None else Making(runner, _parts_folder(folder))
     started = time.time()
-    listing = list_source(source)
-    manifest = manifest_of(source, listing)
+    listing = list_source(source, making)
+    manifest = manifest_of(source, listing, making)
     sign = _sign(source, listing, started)
     content = None
     if sign is not None:
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        content = {"source": asdict(source), "created": created, "sign": asdict(sign)}
+        content = {"format": FORMAT, "source": asdict(source), "created": created, "sign": asdict(sign)}
     return replace(manifest, keeping=Keeping(folder, note_name, content))
 
 
-def keep(manifest: Manifest) -> Manifest:
-    """Write a manifest that was just made, so that it is not made again; its units are read from the file from here on.
+def _parts_folder(folder: str) -> str:
+    return storage.join(folder, "parts")
 
-    Raises: UserError where the folder cannot be written.
+
+def keep(manifest: Manifest) -> Manifest:
+    """Write a manifest that was just made, so that it is not made again; its rows are read from files from here on.
+
+    Raises: UserError where the folder cannot be written, StoreError once its store has stayed away for too long.
     """
     keeping = manifest.keeping
-    if keeping is None:
-        return manifest
-    data = _arrow_bytes(manifest)
-    name = f"{storage.digest([data])}.arrow"
-    uri = storage.join(keeping.folder, name)
-    if not create(uri, data) and storage.read_bytes(uri) != data:
-        write_bytes(uri, data)  # its name is its digest: what is there is damaged
+    return manifest if keeping is None else storage.patiently(partial(_keep, manifest, keeping))
+
+
+def _keep(manifest: Manifest, keeping: Keeping) -> Manifest:
+    folder = _parts_folder(keeping.folder)
+    with ThreadPoolExecutor(storage.READING_THREADS) as pool:
+        parts = tuple(pool.map(lambda part: kept_part(part, folder), manifest.units.parts))
+    labels = write_named(folder, np.ascontiguousarray(manifest.units.labels(), "<i4").tobytes(), ".labels")
+    units = replace(manifest.units, parts=parts, label_source=labels)
+    name = posixpath.basename(write_named(keeping.folder, _index_bytes(replace(manifest, units=units)), ".arrow"))
     if keeping.content is not None:
         note = json.dumps({**keeping.content, "manifest": name}, indent=1) + "\n"
         write_bytes(storage.join(keeping.folder, keeping.note), note.encode())
-    return replace(manifest, units=UnitTable(None, uri), keeping=None)
+    return replace(manifest, units=units, keeping=None)
 
 
 def _sign(source: Source, listing: Listing, started: float) -> Sign | None:
@@ -88,10 +124,8 @@ def _sign(source: Source, listing: Listing, started: float) -> Sign | None:
         return Sign("files", _files_digest(listing))
     if not storage.is_local(listing.root):
         return Sign("none", "")
-    inside = {str(parent) for file in listing.files for parent in Path(file.path).parents}
-    root = Path(listing.root.removeprefix("file://"))
-    times = {str(root / path): (root / path).stat().st_mtime_ns for path in sorted({".", *inside})}
-    return None if max(times.values()) > (started - SETTLING_SECONDS) * 1e9 else Sign("directories", times)
+    times = listing.directories
+    return None if not times or max(times.values()) > (started - SETTLING_SECONDS) * 1e9 else Sign("directories", times)
 
 
 def _unchanged(source: Source, sign: Sign) -> bool:
@@ -107,37 +141,41 @@ def _unchanged(source: Source, sign: Sign) -> bool:
 
 
 def _files_digest(listing: Listing) -> str:
-    return storage.digest([json.dumps(asdict(file)) for file in listing.files])
+    return storage.digest([json.dumps(asdict(file)) for file in listing.archives])
 
 
 _PLAIN_FIELDS = [field.name for field in fields(Manifest) if field.name not in {"units", "reading", "keeping"}]
 
 
-def _arrow_bytes(manifest: Manifest) -> bytes:
+def _index_bytes(manifest: Manifest) -> bytes:
+    """Where the units begin, as a column, and all else of a manifest in the schema's metadata."""
     said: dict[str, Any] = {name: getattr(manifest, name) for name in _PLAIN_FIELDS}
-    said = {"format": FORMAT, **said, "reading": asdict(manifest.reading)}
-    schema = UNIT_SCHEMA.with_metadata({"manifest": json.dumps(said)})
+    said["reading"] = asdict(manifest.reading)
+    said["parts"] = [[posixpath.basename(part.uri), part.count] for part in manifest.units.parts]
+    said["labels"] = posixpath.basename(str(manifest.units.label_source))
+    schema = pa.schema([("edge", pa.int64())]).with_metadata({"manifest": json.dumps(said)})
     buffer = io.BytesIO()
     with pa.ipc.new_file(buffer, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-        for batch in manifest.units.batches():
-            writer.write_batch(batch)
+        writer.write_batch(pa.record_batch([pa.array(manifest.units.edges(), pa.int64())], schema=schema))
     return buffer.getvalue()
 
 
 def _load(uri: str) -> Manifest:
-    """A kept manifest, its units read as they are wanted.
+    """A kept manifest, its rows read as they are wanted.
 
-    Raises: UserError where the file is damaged or of another format.
+    Raises: UserError where the file is damaged.
     """
+    data = storage.read_bytes(uri)
     try:
-        with storage.open_read(uri) as opened:
-            said = json.loads(pa.ipc.open_file(opened).schema.metadata[b"manifest"])
+        reader = pa.ipc.open_file(pa.BufferReader(data))
+        said = json.loads(reader.schema.metadata[b"manifest"])
+        edges = reader.get_batch(0).column("edge").to_numpy()
     except (pa.ArrowInvalid, OSError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{uri} is not a whole manifest; --relist would make it again") from error
-    if said["format"] != FORMAT:
-        raise UserError(f"{uri}: format {said['format']}, expected {FORMAT}; --relist would make it again")
+    folder = _parts_folder(posixpath.dirname(uri))
+    parts = tuple(Part(count, (), storage.join(folder, name)) for name, count in said["parts"])
     reading: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in said["reading"].items()
     }
     plain: dict[str, Any] = {name: tuple(said[name]) if isinstance(said[name], list) else said[name] for name in _PLAIN_FIELDS}
-    return Manifest(units=UnitTable(None, uri), reading=Reading(**reading), **plain)
+    return Manifest(units=UnitTable(parts, edges, storage.join(folder, said["labels"])), reading=Reading(**reading), **plain)

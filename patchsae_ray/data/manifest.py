@@ -1,160 +1,28 @@
 """A data set as units in canonical order.
 
-A unit is a fixed run of up to 512 consecutive images; an image's position in the canonical order is its identity. The
-order: image folders by sorted path, Parquet by sorted file and row, tars by sorted file and member.
+A unit is a fixed run of consecutive images, up to 512 of them unless a Parquet row group is somewhat larger; an image's
+position in the canonical order is its identity. The order: image folders by sorted path, Parquet by sorted file and row,
+tars by sorted file and member.
 """
 
-import bisect
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from typing import Any, Literal, overload
+from itertools import chain
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from patchsae_ray import storage
+from patchsae_ray.data.tables import NO_LABEL, Unit, UnitTable
 from patchsae_ray.errors import UserError
 
 UNIT_SIZE = 512
-NO_LABEL = -1
+ROW_GROUP_CACHE_BYTES = 256 * 2**20
+"""Of Parquet row groups that a process keeps, so that single images of a small data set need not be read in runs."""
 
 Format = Literal["folder", "parquet", "tar"]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive images of one file, or the named files of a folder."""
-
-    uri: str
-    """The Parquet file, the tar, or the root of the folder."""
-    count: int
-    first: int = 0
-    """Parquet: first row. Tar: byte where the first member's header begins."""
-    names: tuple[str, ...] = ()
-    """Folder: paths under the root, one an image."""
-    labels: tuple[int, ...] = ()
-    """Folder: label of each."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Up to 512 consecutive images, the grain of work."""
-
-    index: int
-    start: int
-    """Position of the first image in the canonical order."""
-    segments: tuple[Segment, ...]
-
-    @property
-    def count(self) -> int:
-        return sum(segment.count for segment in self.segments)
-
-
-_SEGMENT = pa.struct(
-    [
-        ("uri", pa.string()),
-        ("count", pa.int64()),
-        ("first", pa.int64()),
-        ("names", pa.list_(pa.string())),
-        ("labels", pa.list_(pa.int64())),
-    ]
-)
-UNIT_SCHEMA = pa.schema([("start", pa.int64()), ("count", pa.int64()), ("segments", pa.list_(_SEGMENT))])
-"""A unit as a row of Arrow, in memory and in a kept manifest."""
-UNITS_A_BATCH = 64
-
-Batches = Callable[[int], pa.RecordBatch]
-
-
-class UnitTable(Sequence[Unit]):
-    """All units of a data set, as Arrow batches of 64: in memory, or in a kept manifest's file, read as they are wanted.
-
-    Args:
-        batches: in memory.
-        uri: of an Arrow file; used where `batches` is None.
-    """
-
-    def __init__(self, batches: tuple[pa.RecordBatch, ...] | None, uri: str | None = None) -> None:
-        self._batches, self._uri = batches, uri
-        self._starts: np.ndarray | None = None
-
-    @classmethod
-    def of(cls, units: Iterable[Unit]) -> "UnitTable":
-        """A table in memory."""
-        rows = [{"start": unit.start, "count": unit.count, "segments": [asdict(s) for s in unit.segments]} for unit in units]
-        parts = [rows[index : index + UNITS_A_BATCH] for index in range(0, len(rows), UNITS_A_BATCH)]
-        return cls(tuple(pa.RecordBatch.from_pylist(part, schema=UNIT_SCHEMA) for part in parts))
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """The batches in order."""
-        if self._batches is not None:
-            yield from self._batches
-        else:
-            reader = _open_arrow(self._uri or "")
-            for index in range(reader.num_record_batches):
-                yield reader.get_batch(index)
-
-    def in_memory(self) -> "UnitTable":
-        """The same table without its file, for machines that do not have it."""
-        return UnitTable(tuple(self.batches()))
-
-    def edges(self) -> np.ndarray:
-        """[units + 1] int64: position of each unit's first image, and the number of images at the end."""
-        if self._starts is None:
-            starts = [batch.column("start").to_numpy() for batch in self.batches()]
-            counts = [batch.column("count").to_numpy() for batch in self.batches()]
-            end = int(starts[-1][-1] + counts[-1][-1]) if starts else 0
-            self._starts = np.concatenate([*starts, np.array([end])]) if starts else np.zeros(1, np.int64)
-        return self._starts
-
-    def at(self, position: int) -> int:
-        """Index of the unit that holds an image.
-
-        Raises: IndexError where there is no such position.
-        """
-        edges = self.edges()
-        if not 0 <= position < edges[-1]:
-            raise IndexError(position)
-        return bisect.bisect_right(edges, position) - 1
-
-    def __len__(self) -> int:
-        return len(self.edges()) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> Unit: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Unit]: ...
-    def __getitem__(self, index: int | slice) -> Unit | Sequence[Unit]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        return self.read(range(len(self))[index])
-
-    def read(self, index: int) -> Unit:
-        """Unit `index`, without looking at the others: what a worker does with a kept manifest."""
-        number, row = divmod(index, UNITS_A_BATCH)
-        batch = self._batches[number] if self._batches is not None else _kept_batch(self._uri or "", number)
-        found = batch.slice(row, 1).to_pylist()[0]
-        segments = (
-            Segment(one["uri"], one["count"], one["first"], tuple(one["names"]), tuple(one["labels"]))
-            for one in found["segments"]
-        )
-        return Unit(index, found["start"], tuple(segments))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_batches": self._batches, "_uri": self._uri, "_starts": None}  # workers want a few units, not all starts
-
-
-@lru_cache(maxsize=4)
-def _open_arrow(uri: str) -> Any:
-    return pa.ipc.open_file(storage.open_read(uri))
-
-
-@lru_cache(maxsize=8)
-def _kept_batch(uri: str, number: int) -> pa.RecordBatch:
-    with storage.reaching(uri):
-        return _open_arrow(uri).get_batch(number)
 
 
 @dataclass(frozen=True)
@@ -165,11 +33,15 @@ class Reading:
     image_column: str = "image"
     """Parquet: struct {bytes, path} or binary. Tars use the extension."""
     label_column: str | None = "label"
-    """Parquet: integer or string labels; None where there are none."""
+    """Parquet: integer or string labels; tars: `cls`; None where there are none."""
     label_values: tuple[str, ...] = ()
     """Parquet with string labels: the label is the position in these."""
     label_map: tuple[int, ...] = ()
     """Label of the source → position in the class list in use; empty where they are the same."""
+
+    def mapped(self, labels: np.ndarray) -> np.ndarray:
+        """Labels of the source (-1 without one) → those under the class list in use."""
+        return np.array([*self.label_map, NO_LABEL], labels.dtype)[labels] if self.label_map else labels
 
 
 @dataclass(frozen=True)
@@ -201,6 +73,8 @@ class Manifest:
     """Files in a folder that are no images by their extension."""
     labels_are_names: bool = False
     """Labels come from names (class folders, strings), numbered in sorted order."""
+    encoded_bytes: int = 0
+    """Of all images as they lie in their source: files, members, or the compressed image column."""
     keeping: Keeping | None = None
     """None where it is kept already, or nowhere."""
 
@@ -209,31 +83,42 @@ class Manifest:
         return int(self.units.edges()[-1])
 
     @property
-    def labelled(self) -> bool:
-        return self.num_classes > 0
+    def grain(self) -> Literal["image", "group"]:
+        """What is best read by itself: an image, or, of Parquet whose images a process cannot keep, a row group."""
+        small = self.encoded_bytes <= ROW_GROUP_CACHE_BYTES
+        return "image" if self.reading.format != "parquet" or small else "group"
 
     @property
-    def grain(self) -> Literal["image", "group"]:
-        """image where single images can be read by themselves, group where only whole row groups can."""
-        return "image"
+    def units_digest(self) -> str:
+        """Digest of where the units begin: of what results by unit number depend on beside `digest`."""
+        return storage.digest([np.ascontiguousarray(self.units.edges(), "<i8")])
+
+    @property
+    def cut(self) -> str:
+        """What results by unit number depend on beside `digest`: empty where units are the 512 images that every version
+        cut, else the digest of where they begin."""
+        edges = self.units.edges()
+        usual = self.reading.format != "parquet" or np.array_equal(edges, even_edges(self.num_images))
+        return "" if usual else self.units_digest[:8]
 
     def group_edges(self) -> np.ndarray:
-        """[groups + 1] position of each row group's first image, and the number of images at the end."""
+        """[groups + 1] int64: positions at which runs begin that are best read as a whole, and the number of images.
+
+        The units' edges: a unit of Parquet is made of whole row groups wherever they are small enough.
+        """
         return self.units.edges()
 
     def label_array(self) -> np.ndarray:
-        """[num_images] int32, -1 without one."""
-        found = [label for unit in self.units for segment in unit.segments for label in segment.labels]
-        return np.array(found or [NO_LABEL] * self.num_images, np.int32)
+        """[num_images] int32: each image's label under the class list in use, -1 without one."""
+        return self.reading.mapped(self.units.labels())
+
+    @property
+    def labelled(self) -> bool:
+        return self.num_classes > 0
 
     def paths(self, unit: Unit) -> list[str]:
-        """A name for each image of a unit: its path under the folder's root, Parquet file#row, or the tar that holds it."""
-        by_format: dict[Format, Callable[[Segment], Sequence[str]]] = {
-            "folder": lambda segment: segment.names,
-            "parquet": lambda segment: [f"{segment.uri}#{segment.first + row}" for row in range(segment.count)],
-            "tar": lambda segment: [segment.uri] * segment.count,
-        }
-        return [path for segment in unit.segments for path in by_format[self.reading.format](segment)]
+        """A name for each image of a unit: its path under the folder's root, Parquet file#row, or the tar's member."""
+        return image_names(unit.images, self.reading)
 
     def with_classnames(self, classnames: Sequence[str]) -> "Manifest":
         """The same images under a given class list.
@@ -252,32 +137,54 @@ class Manifest:
         return replace(self, reading=reading, classnames=tuple(classnames), num_classes=len(classnames))
 
 
-def cut_units(segments: Sequence[Segment]) -> tuple[Unit, ...]:
-    """Segments of any length → units of 512 images, in order."""
-    units: list[Unit] = []
-    current: list[Segment] = []
-    start = filled = 0
-    for segment in segments:
-        for piece in _pieces(segment, filled):
-            current.append(piece)
-            filled += piece.count
-            if filled == UNIT_SIZE:
-                units.append(Unit(len(units), start, tuple(current)))
-                start, filled, current = start + filled, 0, []
-    if current:
-        units.append(Unit(len(units), start, tuple(current)))
-    return tuple(units)
+def even_edges(count: int) -> np.ndarray:
+    """Edges of units of 512 images; the last may be smaller."""
+    return np.append(np.arange(0, count, UNIT_SIZE), count)
 
 
-def _pieces(segment: Segment, filled: int) -> Iterator[Segment]:
-    done = 0
-    while done < segment.count:
-        count = min(segment.count - done, UNIT_SIZE - filled)
-        names, labels = segment.names[done : done + count], segment.labels[done : done + count]
-        yield replace(segment, first=segment.first + done, count=count, names=names, labels=labels)
-        done, filled = done + count, (filled + count) % UNIT_SIZE
+def file_edges(counts: Sequence[int]) -> np.ndarray:
+    """Edges of units of 512 images that do not cross files."""
+    starts = np.cumsum([0, *counts])
+    pieces = [start + even_edges(count)[:-1] for start, count in zip(starts, counts, strict=False)]
+    return np.concatenate([*pieces, starts[-1:]])
 
 
-def manifest_digest(reading: Reading, entries: Sequence[tuple[str, int, str]]) -> str:
-    """Digest over (name, bytes, digest of what else is known) of each source file and how they are read."""
-    return storage.digest([json.dumps(asdict(reading), sort_keys=True), *(json.dumps(entry) for entry in entries)])
+def row_group_edges(rows: np.ndarray) -> np.ndarray:
+    """Edges of units of whole Parquet row groups.
+
+    Neighbouring groups are put together up to 512 rows. A group of up to 1,024 is a unit by itself, so that none of it is
+    read twice; a larger one is cut into equal pieces of up to 512.
+
+    Args:
+        rows: [groups] of each row group in order.
+    """
+    edges, end = [0], 0
+    for count in rows.tolist():
+        if end > edges[-1] and end + count - edges[-1] > UNIT_SIZE:
+            edges.append(end)
+        pieces = 1 if count <= 2 * UNIT_SIZE else -(-count // UNIT_SIZE)
+        edges += [end + count * piece // pieces for piece in range(1, pieces)]
+        end += count
+        if count >= UNIT_SIZE:
+            edges.append(end)
+    return np.array(edges if edges[-1] == end else [*edges, end], np.int64)
+
+
+def manifest_digest(reading: Reading, entries: Iterable[tuple[str, int, str]]) -> str:
+    """Digest over (name, bytes, digest of what else is known) of each source file in order, and how they are read."""
+    text = json.JSONEncoder().encode
+    lines = (f"[{text(name)}, {size}, {text(more)}]" for name, size, more in entries)
+    return storage.digest(chain([json.dumps(asdict(reading), sort_keys=True)], lines))
+
+
+def image_names(images: pa.RecordBatch, reading: Reading) -> list[str]:
+    """A name for each of some rows, as text though a path may be none."""
+    if reading.format == "parquet":
+        where = zip(images.column("uri").to_pylist(), images.column("at").to_pylist(), strict=True)
+        return [f"{uri}#{row}" for uri, row in where]
+    return [readable(name) for name in images.column("name").to_pylist()]
+
+
+def readable(name: bytes) -> str:
+    """A path's bytes as text, those that are no UTF-8 as \\xNN."""
+    return name.decode("utf-8", "backslashreplace")

@@ -1,20 +1,27 @@
-"""Looking into one Parquet file or tar: what it holds, pixels apart."""
+"""Looking into Parquet files and tars: what they hold, pixels apart."""
 
 import json
+import logging
 import posixpath
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from patchsae_ray import storage
-from patchsae_ray.data.manifest import NO_LABEL
+from patchsae_ray.data.listing import IMAGE_EXTENSIONS
+from patchsae_ray.data.parquet import DamagedColumn, Footer, read_columns, read_footer
+from patchsae_ray.data.tables import NO_LABEL
 from patchsae_ray.errors import UserError, first_line
 
-IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+log = logging.getLogger(__name__)
+
+TAR_BLOCK = 512
+SCAN_BYTES = 4 * 2**20
+"""Of a remote tar, read at once; contents that are larger are passed over, smaller ones cost less than to ask again."""
 
 
 @dataclass
@@ -22,61 +29,79 @@ class ParquetScan:
     """What one Parquet file holds, pixels apart."""
 
     uri: str
-    rows: int
+    size: int
+    """Bytes of the file."""
+    group_rows: np.ndarray
+    """[row groups] int64."""
+    image_bytes: int
+    """Of the compressed image column."""
     footer: str
     """Digest of the footer."""
     there: bool
     """Whether it has the label column."""
+    label_codes: np.ndarray
+    """[rows] int32: numbers, or places in `values`; -1 without one."""
     labels: str = ""
     """Digest of all labels."""
-    values: frozenset[str] = frozenset()
+    values: tuple[str, ...] = ()
     """Distinct string labels."""
     declared: tuple[str, ...] = ()
     """Class names that the schema's metadata declare."""
-    highest: int = NO_LABEL
+
+    @property
+    def rows(self) -> int:
+        return int(self.group_rows.sum())
+
+    @property
+    def highest(self) -> int:
+        """Largest number of labels that are numbers."""
+        return NO_LABEL if self.values else int(self.label_codes.max(initial=NO_LABEL))
 
 
 def scan_parquet(uri: str, size: int, image_column: str, label_column: str) -> ParquetScan:
-    """Look through one file.
+    """Look through one file: its footer and its labels are all that is read.
 
     Raises: UserError where it is damaged, has no images, or labels of a kind that are none.
     """
-    with storage.open_read(uri) as opened:
-        try:
-            file = pq.ParquetFile(opened)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{uri} is not a whole Parquet file: {first_line(error)}") from error
-        schema = file.schema_arrow
-        if image_column not in schema.names:
-            raise UserError(f"{uri} has no column {image_column!r}; it has {', '.join(schema.names)}")
-        footer = storage.digest([_footer(opened, size)])
-        scan = ParquetScan(uri, file.metadata.num_rows, footer, label_column in schema.names)
-        if scan.there:
-            scan.declared = _declared_names(schema, label_column)
-            _scan_labels(scan, file.read(columns=[label_column])[label_column], label_column)
-        return scan
+    footer = read_footer(uri, size)
+    schema = footer.metadata.schema.to_arrow_schema()
+    if image_column not in schema.names:
+        raise UserError(f"{uri} has no column {image_column!r}; it has {', '.join(schema.names)}")
+    groups = range(footer.metadata.num_row_groups)
+    taken = sum(end - begin for group in groups for begin, end in footer.chunks(group, image_column))
+    rows = np.diff(footer.starts)
+    there = label_column in schema.names
+    without = np.full(int(rows.sum()), NO_LABEL, np.int32)
+    scan = ParquetScan(uri, size, rows, taken, storage.digest([footer.raw]), there, without)
+    if there:
+        scan.declared = _declared_names(schema, label_column)
+        _scan_labels(scan, _label_column(footer, list(groups), label_column), label_column)
+    return scan
+
+
+def _label_column(footer: Footer, groups: list[int], name: str) -> Any:
+    try:
+        return read_columns(footer, groups, name)
+    except DamagedColumn as error:
+        raise UserError(f"{footer.uri}: the labels in column {name!r} are damaged: {error.reason}") from error
 
 
 def _scan_labels(scan: ParquetScan, column: Any, name: str) -> None:
     kind = column.type
     if pa.types.is_integer(kind):
         labels = column.cast(pa.int64()).fill_null(NO_LABEL).to_numpy()
-        scan.highest = int(labels.max(initial=NO_LABEL))
+        if labels.max(initial=0) > np.iinfo(np.int32).max:
+            raise UserError(f"{scan.uri}: label column {name!r} holds {labels.max()}; numbers below 2^31 would be right")
+        scan.label_codes = np.maximum(labels, NO_LABEL).astype(np.int32)
         scan.labels = storage.digest([labels.tobytes()])
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind):
-        strings = [str(value) for value in column.to_pylist() if value is not None]
-        scan.values = frozenset(strings)
-        scan.labels = storage.digest(strings)
+        strings = [None if value is None else str(value) for value in column.to_pylist()]
+        scan.values = tuple(sorted({value for value in strings if value is not None}))
+        place: dict[str | None, int] = {value: index for index, value in enumerate(scan.values)}
+        scan.label_codes = np.array([place.get(value, NO_LABEL) for value in strings], np.int32)
+        scan.labels = storage.digest(value for value in strings if value is not None)
     else:
         raise UserError(f"{scan.uri}: label column {name!r} is {kind}; integers or strings would be right")
-
-
-def _footer(opened: IO[bytes], size: int) -> bytes:
-    """A Parquet file's footer: where each column's pages lie, how large they are, their statistics."""
-    opened.seek(size - 8)
-    length = int.from_bytes(opened.read(4), "little")
-    opened.seek(size - 8 - length)
-    return opened.read(length)
 
 
 class Labels:
@@ -90,11 +115,19 @@ class Labels:
         for scan in scans:
             if scan.there != self.there:
                 raise UserError(f"{scan.uri} has {'a' if scan.there else 'no'} column {column!r}, other files of it differ")
-        self.values = tuple(sorted(frozenset[str]().union(*(scan.values for scan in scans))))
+        self.values = tuple(sorted(set[str]().union(*(scan.values for scan in scans))))
         declared = next((scan.declared for scan in scans if scan.declared), ())
         self.classnames = (self.values or declared) if self.there else ()
         highest = max((scan.highest for scan in scans), default=NO_LABEL)
         self.num_classes = max(len(self.classnames), highest + 1) if self.there else 0
+
+
+def numbered(codes: Sequence[np.ndarray], names: Sequence[Sequence[str]], values: Sequence[str]) -> np.ndarray:
+    """Labels of several parts, each with names of its own, as places in `values`; numbers stay where there are no names."""
+    place = {name: index for index, name in enumerate(values)}
+    maps = [np.array([*(place[name] for name in own), NO_LABEL], np.int32) for own in names]
+    mapped = [to[some] if own else some for some, own, to in zip(codes, names, maps, strict=True)]
+    return np.concatenate([np.zeros(0, np.int32), *mapped])
 
 
 def _declared_names(schema: Any, column: str) -> tuple[str, ...]:
@@ -109,35 +142,125 @@ def _declared_names(schema: Any, column: str) -> tuple[str, ...]:
 
 @dataclass
 class TarScan:
-    offsets: list[int] = field(default_factory=list)
-    """Byte where the first member of each image sample begins."""
-    members: list[str] = field(default_factory=list)
-    """Name, size, time and place of each member, and each label."""
-    highest: int = NO_LABEL
+    """The images of one tar, one a sample."""
+
+    names: list[bytes] = field(default_factory=list)
+    at: list[int] = field(default_factory=list)
+    """Byte where each image begins."""
+    sizes: list[int] = field(default_factory=list)
+    """Bytes of each; -1 where the header before it is damaged, so that nobody knows."""
+    labels: list[int] = field(default_factory=list)
+    members: str = ""
+    """Digest of name, size, time and place of each member, and of each label."""
 
 
-def scan_tar(uri: str) -> TarScan:
+def scan_tar(uri: str, size: int) -> TarScan:
+    """Look through one tar's headers; samples are runs of members with the same key, as in WebDataset.
+
+    A member whose header is damaged, or that nobody can name, is taken for an image that cannot be read.
+
+    Args:
+        uri: the tar.
+        size: its bytes.
+
+    Raises: UserError where it is no tar, is cut short, or has .cls members that are no numbers.
+    """
     scan = TarScan()
-    with storage.open_read(uri) as opened:
+    with _opened(uri, size) as file, storage.reaching(uri):
         try:
-            with tarfile.open(fileobj=opened, mode="r:") as archive:
-                sample_start, previous, has_image = 0, "", False
-                for member in archive:
-                    key, extension = member_key(member.name)
-                    scan.members.append(f"{member.name} {member.size} {member.mtime} {member.offset_data}")
-                    if key != previous:
-                        sample_start, previous, has_image = member.offset, key, False
-                    if extension in IMAGE_EXTENSIONS and not has_image:
-                        scan.offsets.append(sample_start)
-                        has_image = True
-                    if extension == ".cls":
-                        content = archive.extractfile(member)
-                        label = int(content.read()) if content else NO_LABEL
-                        scan.highest = max(scan.highest, label)
-                        scan.members.append(str(label))
+            scan.members = storage.digest(_scan_members(uri, file, scan))
         except (tarfile.TarError, ValueError) as error:
             raise UserError(f"{uri} is not a whole tar of images and .cls numbers: {first_line(error)}") from error
     return scan
+
+
+def _opened(uri: str, size: int) -> IO[bytes]:
+    if storage.is_local(uri):
+        return storage.open_read(uri)
+    filesystem, path = storage.filesystem_of(uri)
+    with storage.reaching(uri):
+        opened: IO[bytes] = filesystem.open(path, "rb", block_size=SCAN_BYTES, cache_type="readahead", size=size)
+        return opened
+
+
+def _scan_members(uri: str, file: IO[bytes], scan: TarScan) -> Iterator[str]:
+    """Fill in a scan. Yields what its digest is of."""
+    previous, has_image, label = "", False, NO_LABEL
+    for member, archive in _members(uri, file):
+        key, extension = member_key(member.name)
+        yield f"{member.name} {member.size} {member.mtime} {member.offset_data}"
+        if key != previous:
+            previous, has_image, label = key, False, NO_LABEL
+        content = archive.extractfile(member) if archive is not None and extension == ".cls" else None
+        if content is not None:
+            label = int(content.read())
+            if has_image:
+                scan.labels[-1] = label
+            yield str(label)
+        if not has_image and extension in IMAGE_EXTENSIONS and (archive is None or member.isfile()):
+            has_image = True
+            scan.names.append(member.name.encode("utf-8", "surrogateescape"))
+            scan.at.append(member.offset_data)
+            scan.sizes.append(member.size)
+            scan.labels.append(label)
+
+
+def _members(uri: str, file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile | None]]:
+    """Members with the archive that reads them, None for one whose header is damaged; reading goes on at the next good one.
+
+    Raises: tarfile.TarError where there is no good header, or the file ends within a member.
+    """
+    start, damaged, good = 0, 0, 0
+    while True:
+        file.seek(start)
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - it has nothing to close but the file
+        except tarfile.ReadError:
+            if start:
+                raise
+            end = 0
+        else:
+            for member in archive:
+                yield member, archive
+                good += 1
+            end = archive.offset
+        file.seek(end)
+        block = file.read(TAR_BLOCK)
+        if len(block) < TAR_BLOCK or not block.strip(b"\0"):
+            return
+        damaged += 1
+        found = _next_header(file)
+        if found is None and not good:
+            raise tarfile.ReadError("no header of a member")
+        log.warning("%s: the header at byte %d is damaged", uri, end)
+        yield _nameless(block, end), None
+        if found is None:
+            return
+        start = found
+
+
+def _next_header(file: IO[bytes]) -> int | None:
+    """Where the next header that is whole begins, or None."""
+    while True:
+        at = file.tell()
+        block = file.read(TAR_BLOCK)
+        if len(block) < TAR_BLOCK:
+            return None
+        if b"ustar" in block:
+            try:
+                tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+                return at
+            except tarfile.HeaderError:
+                continue
+
+
+def _nameless(block: bytes, at: int) -> tarfile.TarInfo:
+    """What is known of a member with a damaged header: its name, if that still reads as one."""
+    name = block[:100].split(b"\0")[0]
+    readable = bool(member_key(name.decode("latin-1"))[1]) and name.isascii() and name.decode().isprintable()
+    member = tarfile.TarInfo(name.decode() if readable else f"header-at-byte-{at}.png")
+    member.size, member.offset_data = -1, at + TAR_BLOCK
+    return member
 
 
 def member_key(name: str) -> tuple[str, str]:

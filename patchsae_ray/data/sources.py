@@ -1,32 +1,43 @@
 """What lies under a URI → a manifest: image folders, Parquet files, WebDataset tars."""
 
+import os
 import posixpath
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from functools import partial
 from typing import TypeVar
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from patchsae_ray import storage
+from patchsae_ray.data.listing import (
+    Branch,
+    Listed,
+    branches,
+    extension_of,
+    joined,
+    list_branch,
+    of_entries,
+)
+from patchsae_ray.data.making import IN_THIS_PROCESS, Making, parts_of
 from patchsae_ray.data.manifest import (
-    NO_LABEL,
-    UNIT_SIZE,
     Format,
     Manifest,
     Reading,
-    Segment,
-    Unit,
-    UnitTable,
-    cut_units,
+    even_edges,
+    file_edges,
     manifest_digest,
+    readable,
+    row_group_edges,
 )
-from patchsae_ray.data.scans import IMAGE_EXTENSIONS, Labels, scan_parquet, scan_tar
+from patchsae_ray.data.scans import Labels, ParquetScan, numbered, scan_parquet, scan_tar
+from patchsae_ray.data.tables import NO_LABEL, ROWS_A_PART, Part, UnitTable, rows_of
 from patchsae_ray.errors import UserError, nearest
 
-SCANNING_THREADS = 16
-"""Parquet files or tars that are looked through at once."""
-
-Files = list[storage.Entry]
+SHARES = 256
+"""Pieces, at most, that the making of a manifest is cut into."""
 
 T = TypeVar("T")
 
@@ -46,157 +57,281 @@ class Source:
 
 
 @dataclass(frozen=True)
+class FolderShare:
+    """The image files of some branches of a folder."""
+
+    parts: tuple[Part, ...]
+    codes: np.ndarray
+    """[images] int32: place of each image's class folder in `classes`; -1 without one."""
+    classes: tuple[str, ...]
+    flat: str
+    """An image that is in no class folder, if there is one."""
+    size: int
+    """Bytes of all images."""
+
+
+@dataclass(frozen=True)
 class Listing:
     """The files of a source."""
 
     root: str
-    files: Files
     format: Format
+    archives: tuple[storage.Entry, ...]
+    """Parquet files or tars."""
+    shares: tuple[FolderShare, ...] = ()
+    """Of a folder of images."""
+    ignored: int = 0
+    """Other files of it."""
+    directories: dict[str, int] | None = None
+    """Of a local folder: directory → time of its last change in ns, before it was read."""
 
 
-def build_manifest(uri: str, split: str | None = None, image_column: str = "image", label_column: str = "label") -> Manifest:
+def build_manifest(
+    uri: str,
+    split: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+    making: Making = IN_THIS_PROCESS,
+) -> Manifest:
     """The manifest of a folder, a glob, or a single Parquet or tar file: `Source`'s fields.
 
     Raises: UserError where nothing is there, or nothing that can be read.
     """
     source = Source(storage.absolute(uri), split, image_column, label_column)
-    return manifest_of(source, list_source(source))
+    return manifest_of(source, list_source(source, making), making)
 
 
-def list_source(source: Source) -> Listing:
+def list_source(source: Source, making: Making = IN_THIS_PROCESS) -> Listing:
     """List a source's files.
 
     Raises: UserError where nothing is there, or nothing that can be read.
     """
-    root, files = _list(source.uri)
-    if source.split:
-        root, files = _select_split(source.uri, root, files, source.split)
-    found = _format_of(files)
+    if "*" in source.uri:
+        return _listing_of(source, *_selected(source, *storage.glob_files(source.uri)), making)
+    found = storage.info(source.uri)
     if found is None:
-        raise UserError(f"no images in {source.uri}: expected image files, .parquet or .tar")
-    return Listing(root, files, found)
+        raise UserError(f"no such data set: {source.uri} is not there")
+    if found["type"] != "directory":
+        entry = storage.entry_of(posixpath.basename(source.uri), found)
+        return _listing_of(source, *_selected(source, posixpath.dirname(source.uri), [entry]), making)
+    return _list_folder(source, making)
 
 
-def manifest_of(source: Source, listing: Listing) -> Manifest:
-    """Cut a listing into units, looking into Parquet files and tars.
-
-    Raises: UserError where a file is not what its name says.
-    """
-    if listing.format == "parquet":
-        return _parquet_manifest(source, listing)
-    make = _folder_manifest if listing.format == "folder" else _tar_manifest
-    return make(source.uri, listing.root, listing.files)
-
-
-def _list(uri: str) -> tuple[str, Files]:
-    if "*" in uri:
-        return storage.glob_files(uri)
-    found = storage.info(uri)
-    if found is None:
-        raise UserError(f"no such data set: {uri} is not there")
-    if found["type"] == "directory":
-        return uri, storage.entries(uri)
-    return posixpath.dirname(uri), [storage.entry_of(posixpath.basename(uri), found)]
-
-
-def _in_parallel(work: Callable[[storage.Entry], T], files: Sequence[storage.Entry]) -> list[T]:
-    with ThreadPoolExecutor(SCANNING_THREADS) as pool:
-        return list(pool.map(work, files))
-
-
-def _extension(path: str) -> str:
-    return posixpath.splitext(path)[1].lower()
-
-
-def _hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in path.split("/"))
-
-
-def _format_of(files: Files) -> Format | None:
-    extensions = {_extension(file.path) for file in files if not _hidden(file.path)}
-    if ".parquet" in extensions:
-        return "parquet"
-    if ".tar" in extensions:
-        return "tar"
-    return "folder" if extensions & IMAGE_EXTENSIONS else None
-
-
-def _select_split(uri: str, root: str, files: Files, split: str) -> tuple[str, Files]:
+def _selected(source: Source, root: str, files: list[storage.Entry]) -> tuple[str, list[storage.Entry]]:
+    """The files of a split; all of them where none is asked for."""
+    split = source.split
+    if not split:
+        return root, files
     inside = [replace(file, path=file.path.removeprefix(f"{split}/")) for file in files if file.path.startswith(f"{split}/")]
     if inside:
         return storage.join(root, split), inside
-    named = [file for file in files if posixpath.basename(file.path).startswith((f"{split}-", f"{split}.", f"{split}_"))]
-    if named:
-        return root, named
-    folders = {file.path.split("/")[0] for file in files if "/" in file.path}
-    stems = {posixpath.basename(file.path).split("-")[0].split(".")[0] for file in files}
+    named = [file for file in files if posixpath.basename(file.path).startswith(_prefixes(split))]
+    if not named:
+        raise _no_split(source, [file.path for file in files])
+    return root, named
+
+
+def _prefixes(split: str) -> tuple[str, ...]:
+    return f"{split}-", f"{split}.", f"{split}_"
+
+
+def _no_split(source: Source, paths: Sequence[str]) -> UserError:
+    split = source.split or ""
+    folders = {path.split("/")[0] for path in paths if "/" in path}
+    stems = {posixpath.basename(path).split("-")[0].split(".")[0] for path in paths}
     there = sorted(folders or stems)
-    raise UserError(f"--split {split}: not in {uri}, which has {', '.join(there[:8])}{nearest(split, there)}")
+    return UserError(f"--split {split}: not in {source.uri}, which has {', '.join(there[:8])}{nearest(split, there)}")
 
 
-def _folder_manifest(uri: str, root: str, files: Files) -> Manifest:
-    images = [file for file in files if _extension(file.path) in IMAGE_EXTENSIONS and not _hidden(file.path)]
-    flat = [file.path for file in images if "/" not in file.path]
-    classes = sorted({file.path.split("/")[0] for file in images if "/" in file.path})
+def _list_folder(source: Source, making: Making) -> Listing:
+    root, prefixes = source.uri, tuple[str, ...]()
+    if source.split:
+        inside = storage.join(root, source.split)
+        root, prefixes = (inside, prefixes) if storage.is_directory(inside) else (root, _prefixes(source.split))
+    found = branches(root, prefixes)
+    deep = [branch for branch in found if branch.deep]
+    top = joined(list_branch(branch) for branch in found if not branch.deep)
+    if top.images.num_rows or not deep:  # files beside folders belong between them
+        top = joined([top, *making.run(list_branch, deep)])
+        listing = _listing(source, root, [top], [_share(top.images, root, making.folder)])
+    else:
+        work = partial(_branches_share, root=root, folder=making.folder)
+        shares, others = zip(*making.run(work, _cut(deep)), strict=True)
+        listing = _listing(source, root, [top, *others], shares)
+    if listing is None and prefixes:
+        paths = joined(list_branch(replace(branch, prefixes=())) for branch in found)
+        raise _no_split(source, [*map(readable, paths.images["path"].to_pylist()), *(entry.path for entry in paths.archives)])
+    return _expected(source, listing)
+
+
+def _listing_of(source: Source, root: str, files: list[storage.Entry], making: Making) -> Listing:
+    listed = of_entries(files)
+    return _expected(source, _listing(source, root, [listed], [_share(listed.images, root, making.folder)]))
+
+
+def _expected(source: Source, listing: Listing | None) -> Listing:
+    if listing is None:
+        raise UserError(f"no images in {source.uri}: expected image files, .parquet or .tar")
+    return listing
+
+
+def _cut(items: Sequence[T]) -> list[Sequence[T]]:
+    """Items in order as shares of about the same number."""
+    each = -(-len(items) // SHARES)
+    return [items[start : start + each] for start in range(0, len(items), each)]
+
+
+def _listing(source: Source, root: str, listed: Sequence[Listed], shares: Sequence[FolderShare]) -> Listing | None:
+    """The listing of what was found, or None where nothing can be read."""
+    archives = sorted((entry for one in listed for entry in one.archives), key=lambda entry: entry.path)
+    for kind in ("parquet", "tar"):
+        some = tuple(entry for entry in archives if extension_of(entry.path) == f".{kind}")
+        if some:
+            return Listing(root, kind, some)
+    if not any(len(share.codes) for share in shares):
+        return None
+    directories = {path: when for one in listed for path, when in one.directories.items()}
+    return Listing(root, "folder", (), tuple(shares), sum(one.ignored for one in listed), directories)
+
+
+def _branches_share(found: Sequence[Branch], root: str, folder: str | None) -> tuple[FolderShare, Listed]:
+    """Some branches' images as a share, and what else is there."""
+    listed = joined(map(list_branch, found))
+    share = _share(listed.images, root, folder)
+    return share, replace(listed, images=listed.images.slice(0, 0))
+
+
+def _share(images: pa.Table, root: str, folder: str | None) -> FolderShare:
+    """A share of (path, size) in order."""
+    parts: list[Part] = []
+    codes = [np.zeros(0, np.int32)]
+    number: dict[str, int] = {}
+    flat = ""
+    for start in range(0, images.num_rows, ROWS_A_PART):
+        paths, sizes = (column.combine_chunks() for column in images.slice(start, ROWS_A_PART).columns)
+        nothing = np.zeros(len(paths), np.int64)
+        parts += parts_of(rows_of([root], nothing, paths.cast(pa.binary()), nothing, sizes.to_numpy()), folder)
+        inside = pc.greater_equal(pc.find_substring(paths, pattern="/"), 0)
+        heads = pc.list_element(pc.split_pattern(paths, pattern="/", max_splits=1), 0)
+        heads = pc.if_else(inside, heads, None).dictionary_encode()
+        local = [number.setdefault(readable(head), len(number)) for head in heads.dictionary.to_pylist()]
+        places = heads.indices.fill_null(len(local)).to_numpy()
+        codes.append(np.array([*local, NO_LABEL], np.int32)[places])
+        if NO_LABEL in codes[-1]:
+            flat = flat or readable(paths[int(np.argmin(codes[-1]))].as_py())
+    return FolderShare(tuple(parts), np.concatenate(codes), tuple(number), flat, pc.sum(images["size"]).as_py() or 0)
+
+
+def manifest_of(source: Source, listing: Listing, making: Making = IN_THIS_PROCESS) -> Manifest:
+    """A listing in units, after looking into Parquet files and tars.
+
+    Raises: UserError where a file is not what its name says.
+    """
+    if listing.format == "folder":
+        return _folder_manifest(source, listing)
+    return (_parquet_manifest if listing.format == "parquet" else _tar_manifest)(source, listing, making)
+
+
+def _folder_manifest(source: Source, listing: Listing) -> Manifest:
+    classes = sorted(set[str]().union(*(share.classes for share in listing.shares)))
+    flat = next((share.flat for share in listing.shares if share.flat), "")
     if flat and classes:
-        raise UserError(f"{uri} has images beside class folders ({flat[0]}): expected one or the other")
-    number = {name: label for label, name in enumerate(classes)}
-    names = tuple(file.path for file in images)
-    labels = tuple(number.get(path.split("/")[0], NO_LABEL) if "/" in path else NO_LABEL for path in names)
+        raise UserError(f"{source.uri} has images beside class folders ({flat}): expected one or the other")
+    labels = numbered([share.codes for share in listing.shares], [share.classes for share in listing.shares], classes)
+    parts = tuple(part for share in listing.shares for part in share.parts)
     reading = Reading("folder")
-    segment = Segment(root, len(names), names=names, labels=labels)
-    # `first` counts bytes or rows of a file, which a folder has not: it stays 0 so that equal units are equal.
-    units = UnitTable.of(Unit(u.index, u.start, tuple(_at_zero(s) for s in u.segments)) for u in cut_units([segment]))
-    entries = [(file.path, file.size, "") for file in images]
-    ignored = sum(not _hidden(file.path) for file in files) - len(images)
-    return Manifest(uri, units, reading, tuple(classes), len(classes), manifest_digest(reading, entries), ignored, True)
-
-
-def _at_zero(segment: Segment) -> Segment:
-    return Segment(segment.uri, segment.count, 0, segment.names, segment.labels)
-
-
-def _parquet_manifest(source: Source, listing: Listing) -> Manifest:
-    files = [file for file in listing.files if _extension(file.path) == ".parquet" and not _hidden(file.path)]
-    columns = (source.image_column, source.label_column)
-    scans = _in_parallel(lambda file: scan_parquet(storage.join(listing.root, file.path), file.size, *columns), files)
-    labels = Labels(scans, source.label_column)
-    units = cut_units([Segment(scan.uri, scan.rows) for scan in scans if scan.rows])
-    if not units:
-        raise UserError(f"no images in {source.uri}: its Parquet files have no rows")
-    entries = [(file.path, file.size, scan.footer) for file, scan in zip(files, scans, strict=True)]
-    reading = Reading("parquet", source.image_column, source.label_column if labels.there else None, labels.values)
-    digest = manifest_digest(reading, [*entries, ("labels", 0, storage.digest([scan.labels for scan in scans if scan.there]))])
     return Manifest(
-        source.uri, UnitTable.of(units), reading, labels.classnames, labels.num_classes, digest,
-        labels_are_names=bool(labels.values),
+        source.uri, UnitTable(parts, even_edges(len(labels)), labels), reading, tuple(classes), len(classes),
+        manifest_digest(reading, _file_entries(parts)), listing.ignored, True, sum(share.size for share in listing.shares),
     )  # fmt: skip
 
 
-def _tar_manifest(uri: str, root: str, files: Files) -> Manifest:
-    tars = [file for file in files if _extension(file.path) == ".tar" and not _hidden(file.path)]
-    scans = _in_parallel(lambda file: scan_tar(storage.join(root, file.path)), tars)
-    highest = max((scan.highest for scan in scans), default=NO_LABEL)
-    segments: list[Segment] = []
-    for file, scan in zip(tars, scans, strict=True):
-        for start in range(0, len(scan.offsets), UNIT_SIZE):
-            count = min(UNIT_SIZE, len(scan.offsets) - start)
-            segments.append(Segment(storage.join(root, file.path), count, scan.offsets[start]))
-    entries = [(file.path, file.size, storage.digest(scan.members)) for file, scan in zip(tars, scans, strict=True)]
-    # A tar's unit begins at a member and does not cross files: a byte offset is all that is kept of its index.
-    starts = accumulate((segment.count for segment in segments), initial=0)
-    units = UnitTable.of(
-        Unit(index, start, (segment,)) for index, (start, segment) in enumerate(zip(starts, segments, strict=False))
+def _file_entries(parts: Sequence[Part]) -> Iterator[tuple[str, int, str]]:
+    for part in parts:
+        for batch in part.each():
+            for name, size in zip(batch.column("name").to_pylist(), batch.column("size").to_pylist(), strict=True):
+                yield os.fsdecode(name), size, ""
+
+
+def _parquet_manifest(source: Source, listing: Listing, making: Making) -> Manifest:
+    columns = (source.image_column, source.label_column)
+    work = partial(_parquet_share, root=listing.root, columns=columns, folder=making.folder)
+    found = list(making.run(work, _cut(listing.archives)))
+    scans = [scan for _, some in found for scan in some]
+    labels = Labels(scans, source.label_column)
+    edges = row_group_edges(np.concatenate([scan.group_rows for scan in scans]))
+    if not edges[-1]:
+        raise UserError(f"no images in {source.uri}: its Parquet files have no rows")
+    numbers = numbered([scan.label_codes for scan in scans], [scan.values for scan in scans], labels.values)
+    reading = Reading("parquet", source.image_column, source.label_column if labels.there else None, labels.values)
+    entries = [(file.path, file.size, scan.footer) for file, scan in zip(listing.archives, scans, strict=True)]
+    said = ("labels", 0, storage.digest([scan.labels for scan in scans if scan.there]))
+    units = UnitTable(tuple(part for parts, _ in found for part in parts), edges, numbers)
+    return Manifest(
+        source.uri, units, reading, labels.classnames, labels.num_classes, manifest_digest(reading, [*entries, said]),
+        labels_are_names=bool(labels.values), encoded_bytes=sum(scan.image_bytes for scan in scans),
+    )  # fmt: skip
+
+
+def _parquet_share(
+    files: Sequence[storage.Entry], root: str, columns: tuple[str, str], folder: str | None
+) -> tuple[tuple[Part, ...], list[ParquetScan]]:
+    scans = [scan_parquet(storage.join(root, file.path), file.size, *columns) for file in files]
+    counts = [scan.rows for scan in scans]
+    file = np.repeat(np.arange(len(scans)), counts)
+    at = np.concatenate([np.arange(count) for count in counts])
+    names = pa.array([b""], pa.binary()).take(pa.array(np.zeros(len(at), np.int8)))
+    sizes = np.repeat([scan.size for scan in scans], counts)
+    return parts_of(rows_of([scan.uri for scan in scans], file, names, at, sizes), folder), scans
+
+
+@dataclass(frozen=True)
+class TarSummary:
+    """What the driver wants to know of a tar."""
+
+    labels: np.ndarray
+    """[images] int32."""
+    members: str
+    """Digest of all members."""
+    size: int
+    """Bytes of all images."""
+
+
+def _tar_manifest(source: Source, listing: Listing, making: Making) -> Manifest:
+    work = partial(_tar_share, root=listing.root, folder=making.folder)
+    found = list(making.run(work, _cut(listing.archives)))
+    scans = [scan for _, some in found for scan in some]
+    labels = np.concatenate([scan.labels for scan in scans])
+    if not len(labels):
+        raise UserError(f"no images in {source.uri}: its tars have none")
+    highest = int(labels.max())
+    names = _tar_classnames(listing.root) if highest >= 0 else ()
+    reading = Reading("tar", label_column="cls" if highest >= 0 else None)
+    entries = [(file.path, file.size, scan.members) for file, scan in zip(listing.archives, scans, strict=True)]
+    # A unit does not cross tars, so that what it reads of one lies side by side.
+    units = UnitTable(
+        tuple(part for parts, _ in found for part in parts), file_edges([len(scan.labels) for scan in scans]), labels
     )
-    if not segments:
-        raise UserError(f"no images in {uri}: its tars have none")
-    labelled = highest >= 0
-    names = _tar_classnames(root, files) if labelled else ()
-    reading = Reading("tar", label_column="cls" if labelled else None)
-    return Manifest(uri, units, reading, names, max(len(names), highest + 1), manifest_digest(reading, entries))
+    return Manifest(
+        source.uri, units, reading, names, max(len(names), highest + 1), manifest_digest(reading, entries),
+        encoded_bytes=sum(scan.size for scan in scans),
+    )  # fmt: skip
 
 
-def _tar_classnames(root: str, files: Files) -> tuple[str, ...]:
+def _tar_share(files: Sequence[storage.Entry], root: str, folder: str | None) -> tuple[tuple[Part, ...], list[TarSummary]]:
+    parts: list[Part] = []
+    summaries: list[TarSummary] = []
+    for file in files:
+        uri = storage.join(root, file.path)
+        scan = scan_tar(uri, file.size)
+        nothing = np.zeros(len(scan.names), np.int64)
+        names, at, sizes = pa.array(scan.names, pa.binary()), np.array(scan.at, np.int64), np.array(scan.sizes, np.int64)
+        parts += parts_of(rows_of([uri], nothing, names, at, sizes), folder)
+        summaries.append(TarSummary(np.array(scan.labels, np.int32), scan.members, int(np.maximum(sizes, 0).sum())))
+    return tuple(parts), summaries
+
+
+def _tar_classnames(root: str) -> tuple[str, ...]:
     """classnames.txt beside the tars or one folder up, one name a line."""
     for uri in (
         storage.join(root, "classnames.txt"),

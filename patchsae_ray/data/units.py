@@ -1,22 +1,28 @@
-"""Reading a unit: its images' bytes and labels, decoded to one block of pixels."""
+"""Reading images, in units or one by one: their bytes and labels, decoded to one block of pixels."""
 
-import tarfile
+import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from patchsae_ray import storage
 from patchsae_ray.data.images import BadImage, decode
-from patchsae_ray.data.manifest import NO_LABEL, Manifest, Reading, Segment, Unit
-from patchsae_ray.data.scans import IMAGE_EXTENSIONS, member_key
+from patchsae_ray.data.manifest import Manifest, Reading, image_names
+from patchsae_ray.data.parquet import known_footer, read_group
+from patchsae_ray.data.tables import Unit
 from patchsae_ray.errors import UserError
 
-_ROWS_AT_ONCE = 64
-_FILES_AT_ONCE = 64
+FILES_AT_ONCE = 64
+GROUPS_AT_ONCE = 4
+"""Parquet row groups that are read at once."""
+GAP_BYTES = 64 * 2**10
+"""Between a unit's members in a tar, read over rather than asked around."""
+RANGE_BYTES = 8 * 2**20
+"""Of neighbouring members of a tar, asked for at once."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,34 @@ def decode_unit(unit: Unit, reading: Reading, size: int, first: int = 0, count: 
 
     Raises: StoreError where the store does not answer; UserError where a file is not what it was.
     """
+    images = unit.images.slice(first, count)
+    positions = np.arange(images.num_rows) + unit.start + first
+    return _decoded(_raws(images, reading, GAP_BYTES), positions, size, unit.index)
+
+
+def decode_images(manifest: Manifest, positions: np.ndarray, size: int) -> DecodedUnit:
+    """Read and decode single images to [n, size, size, 3], in the order given; unreadable ones are listed with the reason.
+
+    Of folders and tars nothing else is read; of Parquet the row groups that hold them, which this process keeps up to
+    ROW_GROUP_CACHE_BYTES. Several are on their way at once; threads may share the work.
+
+    Args:
+        manifest: of the data set.
+        positions: of the images, in any order.
+        size: side of the pixels.
+
+    Returns: `positions` without the unreadable ones; index -1.
+
+    Raises: IndexError where there is no such position; otherwise as `decode_unit`.
+    """
+    return _decoded(_raws(manifest.units.take(positions), manifest.reading, 0), positions, size, -1)
+
+
+def _decoded(raws: Iterator[Raw], at: np.ndarray, size: int, index: int) -> DecodedUnit:
     pixels, positions, labels, bad = [], [], [], []
     seconds = {"read": 0.0, "decode": 0.0}
-    part, passed_over = part_of(unit, reading, first, unit.count - first if count is None else count)
-    position = part.start
     mark = time.perf_counter()
-    for raw in islice(read_unit(part, reading), passed_over, None):
+    for position, raw in zip(at.tolist(), raws, strict=True):
         opened = time.perf_counter()
         seconds["read"] += opened - mark
         try:
@@ -82,60 +110,15 @@ def decode_unit(unit: Unit, reading: Reading, size: int, first: int = 0, count: 
             labels.append(raw.label)
         except BadImage as error:
             bad.append((position, raw.path, str(error)))
-        position += 1
         mark = time.perf_counter()
         seconds["decode"] += mark - opened
-    read, wanted = position - part.start, part.count - passed_over
-    if read != wanted:
-        raise UserError(f"{unit.segments[0].uri} changed while it was read: {read} images, expected {wanted}")
     block = np.stack(pixels) if pixels else np.zeros((0, size, size, 3), dtype=np.uint8)
-    return DecodedUnit(block, np.array(positions, np.int64), np.array(labels, np.int64), bad, seconds, unit.index)
-
-
-def decode_images(manifest: Manifest, positions: np.ndarray, size: int) -> DecodedUnit:
-    """Images at any positions, decoded; the result is in the order given."""
-    pixels, kept, labels, bad = [], [], [], []
-    for position in positions.tolist():
-        raw = read_image(manifest, position)
-        try:
-            pixels.append(raw.decode(size))
-            kept.append(position)
-            labels.append(raw.label)
-        except BadImage as error:
-            bad.append((position, raw.path, str(error)))
-    block = np.stack(pixels) if pixels else np.zeros((0, size, size, 3), dtype=np.uint8)
-    return DecodedUnit(block, np.array(kept, np.int64), np.array(labels, np.int64), bad)
-
-
-def part_of(unit: Unit, reading: Reading, first: int, count: int) -> tuple[Unit, int]:
-    """A run of a unit's images as a unit that begins at the first of them, and how many images to pass over before it.
-
-    None in folders and Parquet; a tar is read from where the unit's part of it begins.
-    """
-    segments: list[Segment] = []
-    passed_over, start = 0, 0
-    for segment in unit.segments:
-        low, high = max(0, first - start), min(segment.count, first + count - start)
-        start += segment.count
-        if low >= high:
-            continue
-        if reading.format == "tar":
-            segments.append(replace(segment, count=high))
-            passed_over += low
-        elif reading.format == "folder":
-            segments.append(replace(segment, count=high - low, names=segment.names[low:high], labels=segment.labels[low:high]))
-        else:
-            segments.append(replace(segment, count=high - low, first=segment.first + low))
-    return Unit(unit.index, unit.start + first, tuple(segments)), passed_over
+    return DecodedUnit(block, np.array(positions, np.int64), np.array(labels, np.int64), bad, seconds, index)
 
 
 def read_unit(unit: Unit, reading: Reading) -> Iterator[Raw]:
     """A unit's images in order."""
-    readers = {"folder": _read_folder, "parquet": _read_parquet, "tar": _read_tar}
-    for segment in unit.segments:
-        for raw in readers[reading.format](segment, reading):
-            mapped = reading.label_map and raw.label >= 0
-            yield replace(raw, label=reading.label_map[raw.label]) if mapped else raw
+    return _raws(unit.images, reading, GAP_BYTES)
 
 
 def read_image(manifest: Manifest, position: int) -> Raw:
@@ -143,77 +126,78 @@ def read_image(manifest: Manifest, position: int) -> Raw:
 
     Raises: IndexError where there is no such position.
     """
-    unit = manifest.units[manifest.units.at(position)]
-    part, _ = part_of(unit, manifest.reading, position - unit.start, 1)
-    return list(read_unit(part, manifest.reading))[-1]
+    return next(_raws(manifest.units.take(np.array([position])), manifest.reading, 0))
 
 
-def _read_folder(segment: Segment, reading: Reading) -> Iterator[Raw]:
-    for start in range(0, segment.count, _FILES_AT_ONCE):
-        names = segment.names[start : start + _FILES_AT_ONCE]
-        contents = storage.read_many([storage.join(segment.uri, name) for name in names])
-        yield from map(Raw, names, contents, segment.labels[start : start + _FILES_AT_ONCE])
+def _raws(images: pa.RecordBatch, reading: Reading, gap: int) -> Iterator[Raw]:
+    """Images by their rows, in order; of tars what lies between two of them is read with them up to `gap` bytes."""
+    labels = reading.mapped(images.column("label").to_numpy()).tolist()
+    names = image_names(images, reading)
+    if reading.format == "folder":
+        contents = _from_folder(images)
+    elif reading.format == "tar":
+        contents = iter(_from_tars(images, gap))
+    else:
+        return iter(_from_parquet(images, reading, names, labels))
+    return map(Raw, names, contents, labels)
 
 
-def _read_parquet(segment: Segment, reading: Reading) -> Iterator[Raw]:
-    columns = [reading.image_column, *([reading.label_column] if reading.label_column else [])]
-    label_of = {value: label for label, value in enumerate(reading.label_values)}
-    with storage.open_read(segment.uri) as opened, storage.reaching(segment.uri):
-        file = pq.ParquetFile(opened)
-        groups, skip = _row_groups(file, segment)
-        row = segment.first - skip
-        end = segment.first + segment.count
-        for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=columns):
-            if row + batch.num_rows > segment.first and row < end:
-                low, high = max(0, segment.first - row), min(batch.num_rows, end - row)
-                for index, record in enumerate(batch.slice(low, high - low).to_pylist()):
-                    image = record[reading.image_column]
-                    path, data = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (None, image)
-                    label = record[reading.label_column] if reading.label_column else NO_LABEL
-                    label = label_of.get(str(label), NO_LABEL) if label_of and label is not None else label
-                    name = path or f"{segment.uri}#{row + low + index}"
-                    yield Raw(name, data or b"", NO_LABEL if label is None else int(label))
-            row += batch.num_rows
-            if row >= end:
-                return
+def _from_folder(images: pa.RecordBatch) -> Iterator[bytes | UserError]:
+    roots, names = images.column("uri").to_pylist(), images.column("name").to_pylist()
+    for start in range(0, len(names), FILES_AT_ONCE):
+        some = slice(start, start + FILES_AT_ONCE)
+        yield from storage.read_many(
+            [storage.join(root, os.fsdecode(name)) for root, name in zip(roots[some], names[some], strict=True)]
+        )
 
 
-def _row_groups(file: "pq.ParquetFile", segment: Segment) -> tuple[list[int], int]:
-    """The row groups that hold a segment, and how many of their rows come before it."""
-    groups: list[int] = []
-    row, skip = 0, 0
-    for index in range(file.num_row_groups):
-        rows = file.metadata.row_group(index).num_rows
-        if row < segment.first + segment.count and row + rows > segment.first:
-            if not groups:
-                skip = segment.first - row
-            groups.append(index)
-        row += rows
-    return groups, skip
+def _from_tars(images: pa.RecordBatch, gap: int) -> list[bytes | UserError]:
+    """Members by the bytes where they lie; neighbours in few ranges."""
+    members = list(
+        zip(*(images.column(name).to_pylist() for name in ("uri", "at", "size")), range(images.num_rows), strict=True)
+    )
+    found: list[bytes | UserError] = [UserError("the header before it in the tar is damaged")] * len(members)
+    whole = sorted(member for member in members if member[2] >= 0)
+    ranges: list[tuple[str, int, int]] = []
+    place: list[int] = []
+    for uri, at, size, _ in whole:
+        if ranges and ranges[-1][0] == uri and at - ranges[-1][2] <= gap and at + size - ranges[-1][1] <= RANGE_BYTES:
+            ranges[-1] = (uri, ranges[-1][1], max(ranges[-1][2], at + size))
+        else:
+            ranges.append((uri, at, at + size))
+        place.append(len(ranges) - 1)
+    contents = storage.read_ranges(ranges)
+    for (_, at, size, index), number in zip(whole, place, strict=True):
+        begin = at - ranges[number][1]
+        found[index] = contents[number][begin : begin + size]
+    return found
 
 
-def _read_tar(segment: Segment, reading: Reading) -> Iterator[Raw]:
-    """Samples from a byte offset on; members of one sample lie side by side, as in WebDataset."""
-    with storage.open_read(segment.uri) as opened, storage.reaching(segment.uri):
-        opened.seek(segment.first)
-        found = 0
-        with tarfile.open(fileobj=opened, mode="r|") as archive:
-            key, path, data, label = "", "", None, NO_LABEL
-            for member in archive:
-                member_of, extension = member_key(member.name)
-                if member_of != key:
-                    if data is not None:
-                        yield Raw(path, data, label)
-                        found += 1
-                        if found == segment.count:
-                            return
-                    key, data, label = member_of, None, NO_LABEL
-                content = archive.extractfile(member) if member.isfile() else None
-                if content is None:
-                    continue
-                if extension in IMAGE_EXTENSIONS and data is None:
-                    path, data = member.name, content.read()
-                elif extension == ".cls":
-                    label = int(content.read())
-            if data is not None:
-                yield Raw(path, data, label)
+def _from_parquet(images: pa.RecordBatch, reading: Reading, names: list[str], labels: list[int]) -> list[Raw]:
+    """Rows by the row groups that hold them, each read once."""
+    wanted: dict[tuple[str, int, int], list[tuple[int, int]]] = {}
+    for index, (uri, row, size) in enumerate(
+        zip(*(images.column(name).to_pylist() for name in ("uri", "at", "size")), strict=True)
+    ):
+        starts = known_footer(uri, size).starts
+        group = int(np.searchsorted(starts, row, side="right")) - 1
+        if group == len(starts) - 1:
+            raise UserError(f"{uri} changed since it was listed: it has no row {row}; --relist lists it anew")
+        wanted.setdefault((uri, size, group), []).append((index, row - int(starts[group])))
+    raws: list[Raw] = [Raw("", b"", 0)] * len(names)
+
+    def read(one: tuple[tuple[str, int, int], list[tuple[int, int]]]) -> None:
+        (uri, size, group), rows = one
+        footer = known_footer(uri, size)
+        found = read_group(footer, group, reading.image_column, keep=len(rows) < footer.metadata.row_group(group).num_rows)
+        for index, row in rows:
+            if row >= len(found.images):
+                raws[index] = Raw(names[index], UserError(f"damaged row group: {found.reason}"), labels[index])
+                continue
+            image = found.images[row].as_py()
+            path, data = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (None, image)
+            raws[index] = Raw(path or names[index], data or b"", labels[index])
+
+    with ThreadPoolExecutor(GROUPS_AT_ONCE) as pool:
+        list(pool.map(read, wanted.items()))
+    return raws

@@ -1,7 +1,7 @@
 """Right predictions per class and masking setting, exact for any split of the images, and intervals from them.
 
 Rows are settings in the order of `settings_of`: no_sae, then on_k and off_k for each k.
-Shapes: m masked settings (two a k), c classes, r orders of one ranking.
+Shapes: n images, m masked settings (two a k), c classes, r orders of one ranking.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,14 @@ import numpy as np
 import pandas as pd
 
 from patchsae_ray.measure.arrays import Arrays
-
-RESAMPLES = 1000
-LEVEL = 0.95
-_CLASSES_AT_ONCE = 256
+from patchsae_ray.measure.intervals import (
+    Spread,
+    class_variances,
+    equal_weight_images,
+    mean_interval,
+    share_interval,
+    spread_of_images,
+)
 
 
 def halves_of(num_classes: int) -> dict[str, slice]:
@@ -35,7 +39,10 @@ def settings_of(ks: Sequence[int]) -> list[str]:
 
 @dataclass(frozen=True)
 class MaskingCurve:
-    """Percentages with their intervals; rows as in `settings_of`, columns value, low, high."""
+    """Percentages with their intervals; rows as in `settings_of`, columns value, low, high.
+
+    low and high are NaN where no class has two images.
+    """
 
     mean_over_classes: np.ndarray
     """[1 + m, 3]: each class's share of right predictions, averaged over the classes that have images."""
@@ -46,7 +53,9 @@ class MaskingCurve:
 
 
 class MaskingAccuracy:
-    """Images by class, by whether CLIP alone is right, and by how many of a ranking's orders are right; integers.
+    """Sums over images of what is right, by class; integers.
+
+    Of image i let w be 1 where CLIP alone is right, s_j where it is right under order j, and R = s_1 + … + s_r.
 
     Args:
         num_masked: m.
@@ -55,7 +64,16 @@ class MaskingAccuracy:
     """
 
     def __init__(self, num_masked: int, num_classes: int, orders: int = 1) -> None:
-        self.counts = np.zeros((num_masked, num_classes, 2, orders + 1), dtype=np.int64)
+        self.images = np.zeros(num_classes, dtype=np.int64)
+        """[c]."""
+        self.right_without = np.zeros(num_classes, dtype=np.int64)
+        """[c]: sum of w."""
+        self.right = np.zeros((num_masked, orders, num_classes), dtype=np.int64)
+        """[m, r, c]: sum of s_j."""
+        self.squares = np.zeros((num_masked, num_classes), dtype=np.int64)
+        """[m, c]: sum of R²."""
+        self.both = np.zeros((num_masked, num_classes), dtype=np.int64)
+        """[m, c]: sum of w R."""
 
     def update(self, labels: np.ndarray, right_without: np.ndarray, right: np.ndarray) -> None:
         """Take in n images.
@@ -63,102 +81,120 @@ class MaskingAccuracy:
         Args:
             labels: [n] true classes.
             right_without: [n] bool, whether the prediction without the autoencoder is right.
-            right: [n, m] in how many of the orders the prediction is right.
+            right: [n, m, r] bool, whether it is right under each setting of each order.
         """
-        settings = np.arange(len(self.counts))[None, :]
-        np.add.at(self.counts, (settings, labels[:, None], right_without.astype(np.int64)[:, None], right), 1)
+        if not len(labels):
+            return
+        order = np.argsort(labels, kind="stable")
+        classes, starts = np.unique(labels[order], return_index=True)
+        without, right = right_without[order].astype(np.int64), right[order].astype(np.int64)
+        number = right.sum(axis=2)
 
-    def only(self, classes: slice) -> "MaskingAccuracy":
-        """The same of some of the classes."""
-        made = MaskingAccuracy(len(self.counts), 0)
-        made.counts = self.counts[:, classes]
+        def by_class(values: np.ndarray) -> np.ndarray:
+            return np.moveaxis(np.add.reduceat(values, starts, axis=0), 0, -1)
+
+        self.images[classes] += by_class(np.ones_like(without))
+        self.right_without[classes] += by_class(without)
+        self.right[..., classes] += by_class(right)
+        self.squares[:, classes] += by_class(number**2)
+        self.both[:, classes] += by_class(number * without[:, None])
+
+    def only(self, classes: slice | np.ndarray) -> "MaskingAccuracy":
+        """The same of some of the classes: a slice of them, or a mask [c] bool."""
+        made = MaskingAccuracy(0, 0)
+        for name, values in vars(self).items():
+            setattr(made, name, values[..., classes])
         return made
 
     def merge(self, other: "MaskingAccuracy") -> None:
         """Take in another's images."""
-        self.counts += other.counts
+        for name, values in vars(self).items():
+            values += getattr(other, name)
 
     @property
-    def images(self) -> np.ndarray:
-        """[c] images of each class."""
-        return np.asarray(self.counts[0].sum(axis=(1, 2)))
-
-    @property
-    def _shares(self) -> np.ndarray:
-        """[r + 1]: share of orders that are right."""
-        return np.linspace(0, 1, self.counts.shape[3])
+    def orders(self) -> int:
+        """r."""
+        return self.right.shape[1]
 
     def table(self, ks: Sequence[int]) -> pd.DataFrame:
         """metrics.csv: a row a setting, a column a class; percent of the class's images predicted as the class.
 
         Several random orders are averaged. A class without images has no percentage: NaN, an empty cell in the file.
         """
-        without = self.counts[0, :, 1].sum(axis=-1)
-        masked = self.counts.sum(axis=2) @ self._shares
+        masked = self.right.sum(axis=1) / self.orders
         with np.errstate(invalid="ignore", divide="ignore"):
-            percent = 100 * np.concatenate([without[None], masked]) / self.images
+            percent = 100 * np.concatenate([self.right_without[None], masked]) / self.images
         columns = [str(label) for label in range(len(self.images))]
         return pd.DataFrame(percent, index=pd.Index(settings_of(ks), name="masking"), columns=columns)
 
-    def curve(self, seed: int, resamples: int = RESAMPLES) -> MaskingCurve:
-        """Percentages over all classes, with percentile bootstrap intervals (Efron 1979) of LEVEL over images.
-
-        Images are drawn again within their classes. A class's images differ only by the cell of `counts` that they are in,
-        so a draw of them is a multinomial one of the cells, and no image needs to be kept.
-
-        Args:
-            seed: of the resamples.
-            resamples: how many.
-        """
-        there = self.images > 0
-        n = self.images[there]
+    def curve(self) -> MaskingCurve:
+        """Percentages over all classes, with intervals over other images of the same classes and other random orders."""
+        there = self.only(self.images > 0)
+        n = there.images
         if not len(n):
-            nothing = np.full((1 + len(self.counts), 3), np.nan)
+            nothing = np.full((1 + len(self.right), 3), np.nan)
             return MaskingCurve(nothing, nothing, nothing)
-        # What an image in a cell of [2, r + 1] scores: without the autoencoder, with it, and the difference.
-        without, masked = (grid.ravel() for grid in np.meshgrid([0.0, 1.0], self._shares, indexing="ij"))
-        scores = np.stack([without, masked, masked - without], axis=1)
-        rng = np.random.default_rng(seed)
-        cells = self.counts[:, there].reshape(len(self.counts), len(n), -1)
-        found = np.stack([_estimates(of_setting, n, scores, rng, resamples) for of_setting in cells])  # [m, 2, 3, 3]
-        by_class, by_image = found[:, 0], found[:, 1]
-        return MaskingCurve(
-            mean_over_classes=np.concatenate([by_class[:1, 0], by_class[:, 1]]),
-            over_images=np.concatenate([by_image[:1, 0], by_image[:, 1]]),
-            change=np.concatenate([np.zeros((1, 3)), by_class[:, 2]]),
+        by_class, by_image = np.full(len(n), 1 / len(n)), n / n.sum()
+        means, changes = there._intervals(by_class)
+        return MaskingCurve(100 * means, 100 * there._intervals(by_image)[0], 100 * changes)
+
+    def _intervals(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[1 + m, 3] shares, and their changes from no_sae, of classes that all have images and weigh as `weights` [c] says."""
+        n, r = self.images, self.orders
+        without, total, squares = self.right_without, self.right.sum(axis=1) / r, self.squares / r**2
+        sums = np.concatenate([without[None], total])
+        of_images = spread_of_images(weights, n, sums, np.concatenate([without[None], squares]))
+        differences = sums - without
+        of_changes = spread_of_images(
+            weights, n, differences, np.concatenate([0 * without[None], squares - 2 * self.both / r + without])
+        )
+        shares, changes = (values @ (weights / n) for values in (sums, differences))
+        of_images, of_changes = (self._with_orders(weights, spread) for spread in (of_images, of_changes))
+        return share_interval(shares, of_images, equal_weight_images(weights, n)), mean_interval(changes, of_changes)
+
+    def _with_orders(self, weights: np.ndarray, images: Spread) -> Spread:
+        """The spread over other images and other orders, of that over other images alone; [1 + m], no_sae first.
+
+        A mean over n images and r orders, both drawn at random, has the variance O / r + I / n + X / (n r) of two crossed
+        random effects (Searle, Casella and McCulloch 1992, Variance Components, 4.3). Of their estimates that between the
+        orders' means, over r, holds O / r + X / (n r), that between the images' means I / n + X / (n r), and the mean square
+        of what neither explains X: so the sum of the first two less the third, and no less than either. The degrees of freedom
+        are Satterthwaite's (1946), so that five orders count as five.
+        """
+        n, r = self.images, self.orders
+        if r == 1:
+            return images
+        shares = self.right / n  # [m, r, c]
+        between = (shares @ weights).var(axis=1, ddof=1) / r
+        mean, of_images = shares.mean(axis=1), self.squares / r**2
+        # sum over images and orders of (s - its image's mean - its order's mean + the class's mean)², with s² = s
+        rest = r * n * mean - r * of_images - n * (shares**2).sum(axis=1) + n * r * mean**2
+        # class_variances(n, 0, x) is x / (n - 1), and for classes of one image what the others have
+        crossed = (weights**2 / n * class_variances(n, 0 * rest, rest / (r - 1))).sum(axis=1) / r
+        variance = np.maximum(between + images.variance[1:] - crossed, np.maximum(between, images.variance[1:]))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            known = between**2 / (r - 1) + images.variance[1:] ** 2 / images.degrees[1:]
+            degrees = np.where(known > 0, variance**2 / known, images.degrees[1:])
+        return Spread(
+            np.concatenate([images.variance[:1], variance]), np.concatenate([images.degrees[:1], np.fmax(degrees, 1)])
         )
 
     def to_arrays(self) -> Arrays:
-        """Everything as arrays: of the counts, which are mostly 0, the others and their places."""
-        places = np.flatnonzero(self.counts)
-        return {"shape": np.array(self.counts.shape), "places": places, "numbers": self.counts.ravel()[places]}
+        """Everything as arrays: of the classes that have images, in as few bytes as the numbers take."""
+        classes = np.flatnonzero(self.images)
+        sums = {name: _narrow(values[..., classes]) for name, values in vars(self).items()}
+        return {"classes": classes, "shape": np.array([*self.right.shape]), **sums}
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> "MaskingAccuracy":
         """The reverse of `to_arrays`."""
-        num_masked, num_classes, _, cells = arrays["shape"].tolist()
-        made = cls(num_masked, num_classes, cells - 1)
-        made.counts.ravel()[arrays["places"]] = arrays["numbers"]
+        num_masked, orders, num_classes = arrays["shape"].tolist()
+        made = cls(num_masked, num_classes, orders)
+        for name, values in vars(made).items():
+            values[..., arrays["classes"]] = arrays[name]
         return made
 
 
-def _estimates(cells: np.ndarray, n: np.ndarray, scores: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Percent by classes and by images [2], of each score [3], as value, low and high [3].
-
-    Args:
-        cells: [c, q] images by class and cell.
-        n: [c] images, none of them 0.
-        scores: [q, 3] what an image in a cell scores.
-        rng: of the resamples.
-        resamples: how many.
-    """
-    drawn = np.zeros((resamples, 2, 3))
-    value = np.zeros((2, 3))
-    for start in range(0, len(n), _CLASSES_AT_ONCE):
-        part = slice(start, start + _CLASSES_AT_ONCE)
-        weights = np.stack([100 / (len(n) * n[part]), np.full(len(n[part]), 100 / n.sum())])  # [2, classes]
-        value += weights @ (cells[part] @ scores)
-        draws = rng.multinomial(n[part], cells[part] / n[part, None], size=(resamples, len(n[part])))
-        drawn += weights @ (draws @ scores)
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return np.stack([value, low, high], axis=-1)
+def _narrow(counts: np.ndarray) -> np.ndarray:
+    """The same numbers, none below 0, in the smallest type that holds them."""
+    return counts.astype(np.min_scalar_type(counts.max(initial=0)))

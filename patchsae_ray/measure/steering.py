@@ -23,6 +23,8 @@ from patchsae_ray.names import ErrorTerm, Tokens
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.sae.ops import ActiveLatents, active_latents, masked_reconstructions, sparse_decode
 
+PARTIALS = 2
+"""Version of `SteeringTotals`' arrays: partial results of another version are not read."""
 KS_AT_ONCE = 32
 """Numbers of latents whose variants of an image are there at once; a longer list is gone through in parts."""
 VARIANT_BYTES = {"cpu": 2**24, "cuda": 2**31}
@@ -190,7 +192,7 @@ class Steerer:
         without = self._scores(residual)[:, None]
         check_finite(positions, residuals=residual, scores=without)
         predicted = without.argmax(dim=-1)[:, 0].tolist()
-        untouched = [self._right(scores, true)[:, 0].cpu().numpy() > 0 for scores in (without, without + half)]
+        untouched = [self._right(scores, true)[:, 0].cpu().numpy() for scores in (without, without + half)]
         found = [without] if self._settings.predictions else []
         timer.mark("from_hook")
         encoded = active_latents(self._sae, residual[:, self._encoded])
@@ -205,16 +207,16 @@ class Steerer:
 
         seen = torch.zeros(len(residual), device=self._device)  # NaN where any score of an image is, or a latent that it is of
         for ranking in self._settings.rankings:
-            right = [torch.zeros(len(residual), 2 * len(self._ks), dtype=torch.int64, device=self._device) for _ in range(2)]
+            right: tuple[list[Tensor], list[Tensor]] = ([], [])
             for ranks in self._ranker.ranks(ranking, labels.tolist(), predicted, means):
                 timer.mark("rank")
                 scores = self._masked_scores(residual, active, ranks, rest, timer)
                 seen += scores.sum(dim=(1, 2))
-                right[0] += self._right(scores, true)
-                right[1] += self._right(scores + half, true)
+                right[0].append(self._right(scores, true))
+                right[1].append(self._right(scores + half, true))
                 found += [scores] if self._settings.predictions else []
             for kept, without_sae, masked in zip((totals.accuracy, totals.in_half), untouched, right, strict=True):
-                kept[ranking.name].update(labels, without_sae, masked.cpu().numpy())
+                kept[ranking.name].update(labels, without_sae, torch.stack(masked, dim=2).cpu().numpy())
         check_finite(positions, scores=seen[:, None])
         if found:
             totals.add_predictions(_predictions(torch.cat(found, dim=1), positions, labels))
@@ -232,8 +234,8 @@ class Steerer:
 
     @staticmethod
     def _right(scores: Tensor, true: Tensor) -> Tensor:
-        """[n, m] 1 where the largest of scores [n, m, c] is that of the true class [n, 1]."""
-        return (scores.argmax(dim=-1) == true).to(torch.int64)
+        """[n, m] bool, whether the largest of scores [n, m, c] is that of the true class [n, 1]."""
+        return scores.argmax(dim=-1) == true
 
     def _scores(self, residual: Tensor) -> Tensor:
         """[n, c] scores of residuals [n, t, d]."""

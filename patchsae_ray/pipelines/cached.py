@@ -170,8 +170,7 @@ def _run(settings: CacheSettings, model: LoadedModel, manifest: Manifest, sessio
         "wall_seconds": wall, "images_per_second": kept.images_per_second(),
     }  # fmt: skip
     files = {CACHE_FILE: record.to_json(), ERRORS_FILE: errors_parquet(kept.bad)}
-    spent = storage.join(session.folder.uri, "bundles", key)
-    return Made(files, summary, summary, {"source": manifest.source, **kept.record()}, spent=spent)
+    return Made(files, summary, summary, {"source": manifest.source, **kept.record()}, spent=kept.bundles)
 
 
 def _write_given_up(kept: Pass, manifest: Manifest, folder: str, key: str, nothing: torch.Tensor) -> None:
@@ -203,7 +202,13 @@ def cache_identity(settings: CacheSettings, model: LoadedModel, manifest: Manife
         "tokens": settings.tokens,
         "activation_dtype": settings.activation_dtype,
         "clip_batch_size": settings.batch_size,
+        **_cut_of(manifest),
     }
+
+
+def _cut_of(manifest: Manifest) -> dict[str, str]:
+    """What unit files depend on beside their images; nothing where units are the 512 images that every version cut."""
+    return {"units": manifest.cut} if manifest.cut else {}
 
 
 def cache_folder(settings: CacheSettings, model: LoadedModel, identity: dict[str, Any]) -> str:
@@ -226,6 +231,10 @@ def open_cache(settings: TrainSettings, model: LoadedModel, manifest: Manifest) 
                 f"--activations {folder} is of another {_CALLED.get(name, name)} ({str(record.identity.get(name))[:24]} there, "
                 f"{str(value)[:24]} here)"
             )
+    if record.identity.get("units", "") != manifest.cut:
+        raise UserError(
+            f"--activations {folder} is of other units of the same images; jobs/cache_activations.py would make one that fits"
+        )
     cached_tokens(record, settings, model)
     if record.dtype == "bf16" and settings.activation_dtype == "fp32":
         raise UserError(f"--activations {folder} holds bf16, --activation_dtype is fp32; bf16 would be right")

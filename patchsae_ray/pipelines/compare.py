@@ -155,7 +155,7 @@ def _conditions(base: ModelRun, adapted: ModelRun, classes: str) -> pd.DataFrame
             for setting, found in run.summary["rankings"][ranking]["settings"].items():
                 switch, k = setting.split("_")
                 rows.append({"classifier": classifier, "counts": counts, "switch": switch, "k": int(k), **found[estimate]})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({"low": np.float64, "high": np.float64})  # None is no interval
 
 
 def _summary(

@@ -84,8 +84,9 @@ def _number(form: str) -> Callable[[float], str]:
     return lambda value: "–" if pd.isna(value) else form.format(value)
 
 
-def _estimate(found: Mapping[str, float]) -> str:
-    return f"{found['percent']:.2f} % ({found['low']:.2f} to {found['high']:.2f})"
+def _estimate(found: Mapping[str, Any]) -> str:
+    interval = "" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})"
+    return f"{found['percent']:.2f} %{interval}"
 
 
 def _accuracy(summary: Mapping[str, Any], adapter: str) -> pd.DataFrame:

@@ -107,7 +107,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     def work(session: Session) -> Made:
         run = _Run(settings, replace(inputs, manifest=keep(inputs.manifest)), session)
         totals, kept = run.measure()
-        spent.append(storage.join(uri, "bundles", run.means_key))
+        spent.extend(run.spent)
         types = inputs.model.token_types(settings.tokens)
         found = totals.tokens.result(types) if totals.tokens else {}
         if totals.tokens is None or not found:
@@ -121,7 +121,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
             summary,
             {**evaluation_metrics(rows), "images_per_second": kept.images_per_second()},
             kept.record(),
-            spent=storage.join(uri, "bundles", session.folder.key),
+            spent=kept.bundles,
         )
 
     summary = run_once(settings, folders, work)
@@ -138,11 +138,13 @@ class _Run:
         manifest = inputs.manifest
         wanted = min(settings.eval_images or manifest.num_images, manifest.num_images)
         self._read: Manifest = manifest
-        self.chosen = Chosen(None, None)
+        self.chosen = Chosen(None)
         if wanted < manifest.num_images:
             self._read, self.chosen = narrowed(manifest, sample_positions(manifest.num_images, wanted, settings.seed))
         self._model = inputs.model.portable(session.plan.precision)
-        self.means_key = run_key({**session.folder.identity, "pass": "means"})
+        self._means_key = run_key({**session.folder.identity, "pass": "means"})
+        self.spent: list[str] = []
+        """Folders of the first pass's bundles."""
         log.info("evaluate: %s of %s images of %s", f"{wanted:,}", f"{manifest.num_images:,}", manifest.source)
 
     def measure(self) -> tuple[EvaluationTotals, Pass]:
@@ -158,7 +160,8 @@ class _Run:
     def _head(self) -> HeadArrays:
         settings, model, plan = self._settings, self._inputs.model, self._session.plan
         task = MeansTask(replace(self._model, sae=None), self.chosen, settings.tokens, settings.batch_size)
-        totals, _ = self._pass("evaluate: means", task, MeanTotals, self.means_key)
+        totals, kept = self._pass("evaluate: means", task, MeanTotals, self._means_key)
+        self.spent.append(kept.bundles)
         means = totals.means()
         if means is None:
             raise UserError(f"{self._inputs.manifest.source}: no image could be read, so there is nothing to measure")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from patchsae_ray.data.manifest import Manifest, Segment, Unit, UnitTable, cut_units
+from patchsae_ray.data.manifest import Manifest, even_edges
 from patchsae_ray.data.units import DecodedUnit
 from patchsae_ray.measure.arrays import Arrays
 from patchsae_ray.measure.evaluator import Evaluator, ResidualSummer, ZeroShotHead
@@ -16,63 +16,35 @@ from patchsae_ray.pipelines.model import PortableModel
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which images of a pass are measured, and where they are in the data set."""
+    """Which images of a data set a pass is over."""
 
     positions: np.ndarray | None
     """[images of the pass] int64: position in the data set; None where the pass is over the whole of it."""
-    sample: np.ndarray | None
-    """Sorted positions in the data set of the images that are measured; None for all."""
 
     def place(self, position: int) -> int:
         """An image's position in the data set, from that in the pass."""
         return position if self.positions is None else int(self.positions[position])
 
     def of(self, unit: DecodedUnit) -> DecodedUnit:
-        """The measured images of a unit, under their positions in the data set; the others never reach the tower."""
-        positions = unit.positions if self.positions is None else self.positions[unit.positions]
-        if self.sample is None:
-            return replace(unit, positions=positions)
-        inside = np.isin(positions, self.sample)
-        if inside.all():
-            return replace(unit, positions=positions)
-        return replace(unit, pixels=unit.pixels[inside], positions=positions[inside], labels=unit.labels[inside])
+        """A unit's images under their positions in the data set."""
+        return unit if self.positions is None else replace(unit, positions=self.positions[unit.positions])
 
 
 def narrowed(manifest: Manifest, sample: np.ndarray) -> tuple[Manifest, Chosen]:
-    """The images that must be read for a sample, as a manifest with positions of its own, and what becomes of them.
+    """A sample as a manifest with positions of its own, and what these are in the data set; no other image is decoded.
 
-    Of a folder these are the sample itself; of Parquet files and tars, which are read in runs, every unit that holds any.
+    Of Parquet that is read in row groups, each unit keeps its sampled images, so that no group is read for two units.
 
     Args:
         manifest: of the data set.
         sample: sorted positions.
     """
     if len(sample) == manifest.num_images:
-        return manifest, Chosen(None, None)
-    holders = np.searchsorted(manifest.units.edges(), sample, side="right") - 1
-    kept = [manifest.units[index] for index in np.unique(holders).tolist()]
-    if manifest.reading.format == "folder":
-        picked = [piece for unit in kept for piece in _picked(unit, sample)]
-        cut = cut_units(picked)
-        units = [replace(unit, segments=tuple(replace(piece, first=0) for piece in unit.segments)) for unit in cut]
-        positions = sample
-    else:
-        starts = np.cumsum([0, *(unit.count for unit in kept)]).tolist()
-        units = [replace(unit, index=index, start=starts[index]) for index, unit in enumerate(kept)]
-        positions = np.concatenate([np.arange(unit.start, unit.start + unit.count) for unit in kept])
-    return replace(manifest, units=UnitTable.of(units), keeping=None), Chosen(positions, sample)
-
-
-def _picked(unit: Unit, sample: np.ndarray) -> list[Segment]:
-    """A folder unit's segments with the sampled files alone."""
-    found, start = [], unit.start
-    for segment in unit.segments:
-        low, high = np.searchsorted(sample, [start, start + segment.count])
-        rows = (sample[low:high] - start).tolist()
-        names, labels = tuple(segment.names[row] for row in rows), tuple(segment.labels[row] for row in rows)
-        found.append(replace(segment, count=len(rows), names=names, labels=labels))
-        start += segment.count
-    return found
+        return manifest, Chosen(None)
+    edges = even_edges(len(sample))
+    if manifest.grain == "group":
+        edges = np.unique(np.searchsorted(sample, manifest.units.edges()))
+    return replace(manifest, units=manifest.units.picked(sample, edges), keeping=None), Chosen(sample)
 
 
 @dataclass(frozen=True)

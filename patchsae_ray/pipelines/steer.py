@@ -9,9 +9,8 @@ import ray
 
 from patchsae_ray import storage
 from patchsae_ray.errors import UserError
-from patchsae_ray.measure.masking import RESAMPLES
 from patchsae_ray.measure.rankings import Ranking, parse_rankings
-from patchsae_ray.measure.steering import SteeringSettings, SteeringTotals
+from patchsae_ray.measure.steering import PARTIALS, SteeringSettings, SteeringTotals
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.counts import read_counts
 from patchsae_ray.pipelines.model import Inputs, read_inputs
@@ -126,8 +125,7 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
 
     def work(session: Session) -> Made:
         totals, kept = run_steering(settings, inputs, session)
-        log.info("steer: intervals from %s resamples", f"{RESAMPLES:,}")
-        summary, curves = summarise(totals, inputs.steering, inputs.manifest, settings.seed)
+        summary, curves = summarise(totals, inputs.steering, inputs.manifest)
         sources = {"counts": settings.cls_wise_sae_activation_path, "cross_counts": settings.cross_counts}
         records = {name: record_of_file(path) for name, path in sources.items() if path}
         made_by = {f"{name}_run_key": record["run_key"] if record else None for name, record in records.items()}
@@ -137,7 +135,7 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
             {**steering_metrics(summary), "wall_seconds": kept.wall_seconds(), "images_per_second": kept.images_per_second()},
             {"source": inputs.manifest.source, **kept.record()},
             tags=made_by,
-            spent=storage.join(uri, "bundles", session.folder.key),
+            spent=kept.bundles,
         )
 
     summary = run_once(settings, folders, work)
@@ -172,12 +170,17 @@ def run_steering(settings: SteerSettings, inputs: SteerInputs, session: Session)
         inputs.cross, steering, settings.seed, settings.batch_size,
     )  # fmt: skip
     totals, kept = UnitPass(
-        "steer", manifest, inputs.model.config.image_size, task, SteeringTotals, session, session.folder.key,
+        "steer", manifest, inputs.model.config.image_size, task, SteeringTotals, session, bundle_key(session),
         settings.max_bad_fraction, settings.no_progress_minutes, settings.commit_seconds,
     ).run()  # fmt: skip
     if not totals.accuracy or not any(accuracy.images.sum() for accuracy in totals.accuracy.values()):
         raise UserError(f"{manifest.source}: no image with a label could be read, so there is nothing to write")
     return totals, kept
+
+
+def bundle_key(session: Session) -> str:
+    """The run key of the bundles: that of the results, and of the form that partial results have."""
+    return run_key({**session.folder.identity, "partials": PARTIALS})
 
 
 def _identity(settings: SteerSettings, inputs: SteerInputs, precision: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import pyarrow as pa
 from patchsae_ray import figures
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
-from patchsae_ray.measure.masking import LEVEL, RESAMPLES, MaskingCurve, halves_of, masked_settings, settings_of
+from patchsae_ray.measure.intervals import LEVEL
+from patchsae_ray.measure.masking import MaskingCurve, halves_of, masked_settings, settings_of
 from patchsae_ray.measure.rankings import RANKINGS, Ranking
 from patchsae_ray.measure.steering import Predictions, SteeringSettings, SteeringTotals, prediction_columns
 from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet, parquet_bytes
@@ -53,14 +54,12 @@ def check_predictions_fit(num_images: int, rankings: Sequence[Ranking], ks: Sequ
         )
 
 
-def summarise(
-    totals: SteeringTotals, steering: SteeringSettings, manifest: Manifest, seed: int
-) -> tuple[dict[str, Any], Curves]:
+def summarise(totals: SteeringTotals, steering: SteeringSettings, manifest: Manifest) -> tuple[dict[str, Any], Curves]:
     """What summary.json holds, and the curves that it is made of."""
-    curves = {ranking.name: totals.accuracy[ranking.name].curve(seed) for ranking in steering.rankings}
+    curves = {ranking.name: totals.accuracy[ranking.name].curve() for ranking in steering.rankings}
     halves = {
         ranking.name: {
-            half: totals.in_half[ranking.name].only(classes).curve(seed)
+            half: totals.in_half[ranking.name].only(classes).curve()
             for half, classes in halves_of(manifest.num_classes).items()
             if totals.in_half[ranking.name].only(classes).images.sum()
         }
@@ -77,7 +76,7 @@ def summarise(
         "intervene": steering.intervene,
         "error_term": steering.error_term,
         "output_offset": steering.output_offset,
-        "intervals": f"{100 * LEVEL:g} %, percentile bootstrap over images within classes, {RESAMPLES} resamples, seed {seed}",
+        "intervals": f"{100 * LEVEL:g} %, over other images of the same classes and other random orders; null where unknown",
         "no_sae": _row(curves[first], halves[first], 0),
         "rankings": {
             ranking.name: {
@@ -93,14 +92,15 @@ def summarise(
     }, curves
 
 
-def _row(curve: MaskingCurve, halves: Curves, row: int) -> dict[str, dict[str, float]]:
+def _row(curve: MaskingCurve, halves: Curves, row: int) -> dict[str, dict[str, float | None]]:
     """A setting's estimates; `base` and `novel` are means over the half's classes, classified among themselves."""
-    found = {field.name: _estimate(getattr(curve, field.name)[row]) for field in fields(curve) if row or field.name != "change"}
-    return {**found, **{half: _estimate(of_half.mean_over_classes[row]) for half, of_half in halves.items()}}
+    found = {field.name: estimate(getattr(curve, field.name)[row]) for field in fields(curve) if row or field.name != "change"}
+    return {**found, **{half: estimate(of_half.mean_over_classes[row]) for half, of_half in halves.items()}}
 
 
-def _estimate(numbers: np.ndarray) -> dict[str, float]:
-    value, low, high = (round(float(number), 6) for number in numbers)
+def estimate(numbers: np.ndarray) -> dict[str, float | None]:
+    """Value, low and high as JSON has them: None where there is no interval."""
+    value, low, high = (None if np.isnan(number) else round(float(number), 6) for number in numbers)
     return {"percent": value, "low": low, "high": high}
 
 
@@ -110,18 +110,20 @@ def _halves_table(steering: SteeringSettings, totals: SteeringTotals) -> pd.Data
     return pd.concat(tables, names=["ranking"])
 
 
-def with_interval(row: dict[str, dict[str, float]]) -> str:
+def with_interval(row: dict[str, dict[str, Any]]) -> str:
     """A row of summary.json, averaged over classes, as text."""
     found = row["mean_over_classes"]
-    return f"{found['percent']:6.2f} % ({found['low']:.2f} to {found['high']:.2f})"
+    interval = "no interval: one image a class" if found["low"] is None else f"{found['low']:.2f} to {found['high']:.2f}"
+    return f"{found['percent']:6.2f} % ({interval})"
 
 
 def steering_metrics(summary: dict[str, Any]) -> dict[str, float]:
     """For MLflow: accuracy_no_sae, accuracy_{ranking}_on_1 and so on, means over classes, with _low and _high."""
     metrics: dict[str, float] = {"images": summary["images"]}
 
-    def put(name: str, found: dict[str, float]) -> None:
-        metrics.update({name: found["percent"], f"{name}_low": found["low"], f"{name}_high": found["high"]})
+    def put(name: str, found: dict[str, float | None]) -> None:
+        numbers = {name: found["percent"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+        metrics.update({key: number for key, number in numbers.items() if number is not None})
 
     put("accuracy_no_sae", summary["no_sae"]["mean_over_classes"])
     for ranking, of_ranking in summary["rankings"].items():

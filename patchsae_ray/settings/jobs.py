@@ -78,7 +78,7 @@ class SteerSettings(SaeSettings):
     predictions: bool = False
     """Write predictions.parquet too: each image's predicted class and margin under each setting."""
     seed: int = 42
-    """Of the first random order (the next ones count on) and of the intervals' resamples."""
+    """Of the first random order; the next ones count on."""
 
 
 @dataclass(frozen=True, kw_only=True)

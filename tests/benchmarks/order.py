@@ -1,4 +1,4 @@
-"""How well training batches are mixed and how steadily they are fetched, of a data set sorted by class, and what is read for it.
+"""How well batches are mixed and how steadily they are fetched, of a data set sorted by class, and what is read for them.
 
     python tests/benchmarks/order.py --images 1281167 --classes 1000 --workers 1,4 [--layout files|tar|cache|parquet]
 

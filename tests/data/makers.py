@@ -43,9 +43,12 @@ def make_torn_folder(root: Path, count: int, torn: int) -> None:
         (root / f"{number:03d}.png").write_bytes(data[:60] if number == torn else data)
 
 
-def parquet_bytes(numbers: list[int], labels: list[object] | None, row_group_size: int = 7, names: bool = True) -> bytes:
+def parquet_bytes(
+    numbers: list[int], labels: list[object] | None, row_group_size: int = 7, names: bool = True, bad: tuple[int, ...] = ()
+) -> bytes:
     """Hugging Face's layout: image struct {bytes, path}, integer labels whose names are in the schema's metadata."""
-    image = pa.array([{"bytes": picture(number), "path": f"{number:05d}.png"} for number in numbers])
+    contents = [b"letter" if number in bad else picture(number) for number in numbers]
+    image = pa.array([{"bytes": data, "path": f"{number:05d}.png"} for number, data in zip(numbers, contents, strict=True)])
     columns = {"image": image}
     if labels is not None:
         columns["label"] = pa.array(labels)
@@ -58,13 +61,13 @@ def parquet_bytes(numbers: list[int], labels: list[object] | None, row_group_siz
     return buffer.getvalue()
 
 
-def tar_bytes(numbers: list[int], labels: list[int] | None, long_names: bool = False) -> bytes:
+def tar_bytes(numbers: list[int], labels: list[int] | None, long_names: bool = False, bad: tuple[int, ...] = ()) -> bytes:
     """WebDataset: s00000.png beside s00000.cls; long names make tar's extended headers."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for index, number in enumerate(numbers):
             stem = f"{'deep/' * 40 if long_names else ''}s{number:05d}"
-            members = {f"{stem}.png": picture(number), f"{stem}.json": b"{}"}
+            members = {f"{stem}.png": b"letter" if number in bad else picture(number), f"{stem}.json": b"{}"}
             if labels is not None:
                 members[f"{stem}.cls"] = str(labels[index]).encode()
             for name, data in members.items():

@@ -28,7 +28,7 @@ def test_a_folder_is_listed_once_until_it_changes(tmp_path: Path, monkeypatch: p
     first = opened(tmp_path / "data", tmp_path / "root")
     listings: list[object] = []
     listed = sources.list_source
-    monkeypatch.setattr(kept, "list_source", lambda source: (listings.append(source), listed(source))[1])
+    monkeypatch.setattr(kept, "list_source", lambda *given: (listings.append(given), listed(*given))[1])
     again = opened(tmp_path / "data", tmp_path / "root")
     assert not listings
     assert again.digest == first.digest

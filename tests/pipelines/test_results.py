@@ -185,7 +185,7 @@ def test_a_run_is_looked_up_patiently_once_it_is_under_way(tmp_path: Path, monke
         return read(uri)
 
     monkeypatch.setattr(storage, "read_bytes", sometimes)
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert one.done_meanwhile()
     failures += [StoreError("the store is away")]
     one.check(overwrite=False)

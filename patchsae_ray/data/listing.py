@@ -1,0 +1,251 @@
+"""What lies under a folder: image files as rows of Arrow, for there may be many; Parquet files and tars one by one."""
+
+import os
+import posixpath
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from patchsae_ray import storage
+
+IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+ARCHIVE_EXTENSIONS = frozenset({".parquet", ".tar"})
+_ROWS_AT_ONCE = 65_536
+_LISTED = pa.schema([("path", pa.large_binary()), ("size", pa.int64())])
+"""Path under the root; bytes."""
+
+
+@dataclass
+class Listed:
+    """The files of a folder, hidden ones apart."""
+
+    images: pa.Table
+    """path, size; sorted by path."""
+    archives: list[storage.Entry] = field(default_factory=list)
+    """Parquet files and tars, sorted by path."""
+    ignored: int = 0
+    """Other files."""
+    directories: dict[str, int] = field(default_factory=dict)
+    """Of a local folder: directory → time of its last change in ns, before it was read."""
+
+    @property
+    def extensions(self) -> set[str]:
+        """Of the archives."""
+        return {extension_of(entry.path) for entry in self.archives}
+
+
+def extension_of(path: str) -> str:
+    return posixpath.splitext(path)[1].lower()
+
+
+def hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+class _Collecting:
+    """Files as they come → `Listed`, at some 40 bytes an image."""
+
+    def __init__(self, prefixes: tuple[str, ...]) -> None:
+        self._prefixes = prefixes
+        self._paths: list[bytes] = []
+        self._sizes: list[int] = []
+        self._batches: list[pa.RecordBatch] = []
+        self.listed = Listed(_LISTED.empty_table())
+
+    def add(self, path: str, size: int, version: Any = None) -> None:
+        name = path.rsplit("/", 1)[-1]
+        extension = extension_of(name)
+        if hidden(path) or (self._prefixes and not name.startswith(self._prefixes)):
+            return
+        if extension in IMAGE_EXTENSIONS:
+            self._paths.append(os.fsencode(path))
+            self._sizes.append(size)
+            if len(self._paths) == _ROWS_AT_ONCE:
+                self._flush()
+        elif extension in ARCHIVE_EXTENSIONS:
+            self.listed.archives.append(storage.entry_of(path, {"size": size, **(version or {})}))
+        else:
+            self.listed.ignored += 1
+
+    def _flush(self) -> None:
+        columns = [pa.array(self._paths, pa.large_binary()), pa.array(self._sizes, pa.int64())]
+        self._batches.append(pa.RecordBatch.from_arrays(columns, schema=_LISTED))
+        self._paths, self._sizes = [], []
+
+    def done(self) -> Listed:
+        self._flush()
+        table = pa.Table.from_batches(self._batches, _LISTED)
+        self._batches = []
+        self.listed.images = in_order(table)
+        self.listed.archives.sort(key=lambda entry: entry.path)
+        return self.listed
+
+
+def in_order(table: pa.Table) -> pa.Table:
+    """Rows of (path, size) sorted by path."""
+    paths = table["path"].combine_chunks()
+    if len(paths) < 2 or pc.all(pc.less_equal(paths[:-1], paths[1:])).as_py():
+        return table
+    return table.take(pc.sort_indices(table, [("path", "ascending")]))
+
+
+def joined(found: Iterable[Listed]) -> Listed:
+    """What several folders hold, together."""
+    several = list(found)
+    whole = Listed(in_order(pa.concat_tables([_LISTED.empty_table(), *(one.images for one in several)])))
+    for one in several:
+        whole.archives += one.archives
+        whole.ignored += one.ignored
+        whole.directories.update(one.directories)
+    whole.archives.sort(key=lambda entry: entry.path)
+    return whole
+
+
+def of_entries(entries: Iterable[storage.Entry]) -> Listed:
+    """Files that are known already."""
+    collecting = _Collecting(())
+    for entry in entries:
+        collecting.add(entry.path, entry.size, {"ETag": entry.version})
+    return collecting.done()
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A folder below the root of a listing, or the root's own files."""
+
+    root: str
+    path: str
+    """Under the root; empty for the root."""
+    deep: bool
+    """With all that is below it."""
+    prefixes: tuple[str, ...] = ()
+    """Only files whose names begin so."""
+    above: tuple[tuple[int, int], ...] = ()
+    """Local: (device, inode) of the root and of the folders down to this one, which a link must not lead back to."""
+
+
+def list_branch(branch: Branch) -> Listed:
+    """The files of a branch.
+
+    Raises: UserError where access is denied, StoreError where the store cannot be reached.
+    """
+    collecting = _Collecting(branch.prefixes)
+    uri = storage.join(branch.root, branch.path) if branch.path else branch.root
+    with storage.reaching(uri):
+        if storage.is_local(branch.root):
+            _walk(uri.removeprefix("file://"), branch.path, branch, branch.above, collecting)
+        else:
+            for name, size, version in _remote(uri, branch.deep):
+                collecting.add(posixpath.join(branch.path, name), size, version)
+    return collecting.done()
+
+
+def _walk(folder: str, path: str, branch: Branch, above: tuple[tuple[int, int], ...], collecting: _Collecting) -> None:
+    own = Path(folder).stat()
+    collecting.listed.directories[folder] = own.st_mtime_ns
+    above = (*above, (own.st_dev, own.st_ino))
+    below: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                below.append(entry.name)
+                continue
+            size = _size_of(entry)
+            if size is not None:
+                said = {"mtime": entry.stat().st_mtime} if extension_of(entry.name) in ARCHIVE_EXTENSIONS else None
+                collecting.add(posixpath.join(path, entry.name), size, said)
+    for name in below if branch.deep else ():
+        inner = posixpath.join(folder, name)
+        found = Path(inner).stat()
+        if not name.startswith(".") and (found.st_dev, found.st_ino) not in above:
+            _walk(inner, posixpath.join(path, name), branch, above, collecting)
+
+
+def _size_of(entry: "os.DirEntry[str]") -> int | None:
+    """Bytes of a file, 0 where a link leads nowhere; None for pipes, sockets and devices."""
+    try:
+        found = entry.stat()
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _remote(uri: str, deep: bool) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(path under it, bytes, what the store says) of each file of a remote folder; S3's come page by page."""
+    filesystem, root = storage.filesystem_of(uri)
+    root = root.rstrip("/")
+    filesystem.invalidate_cache()
+    if deep and "s3" in filesystem.protocol:
+        yield from _s3_pages(filesystem, root)
+        return
+    found = filesystem.find(root, detail=True) if deep else {one["name"]: one for one in filesystem.ls(root, detail=True)}
+    for name, said in found.items():
+        if said["type"] != "directory" and len(name) > len(root):
+            yield name[len(root) + 1 :], int(said.get("size") or 0), said
+
+
+def _s3_pages(filesystem: Any, root: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    bucket, _, prefix = root.partition("/")
+    prefix = f"{prefix}/" if prefix else ""
+    more: dict[str, str] = {}
+    while True:
+        page = filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        for said in page.get("Contents", ()):
+            if not said["Key"].endswith("/"):
+                yield said["Key"][len(prefix) :], int(said["Size"]), said
+        if not page.get("IsTruncated"):
+            return
+        more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def branches(root: str, prefixes: tuple[str, ...] = ()) -> list[Branch]:
+    """A folder as branches that can be listed at the same time, in order of their paths; empty where it is not there.
+
+    Raises: UserError where access is denied, StoreError where the store cannot be reached.
+    """
+    with storage.reaching(root):
+        if storage.is_local(root):
+            return _local_branches(root.removeprefix("file://"), prefixes)
+        return _remote_branches(root, prefixes)
+
+
+def _local_branches(root: str, prefixes: tuple[str, ...]) -> list[Branch]:
+    found: list[Branch] = []
+    path = ""
+    above: tuple[tuple[int, int], ...] = ()
+    while True:
+        folder = posixpath.join(root, path) if path else root
+        own = Path(folder).stat()
+        found.append(Branch(root, path, False, prefixes, above))
+        above = (*above, (own.st_dev, own.st_ino))
+        with os.scandir(folder) as entries:
+            below = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        identities = {name: Path(folder, name).stat() for name in below}
+        below = [name for name in below if (identities[name].st_dev, identities[name].st_ino) not in above]
+        if len(below) != 1:
+            inner = sorted(posixpath.join(path, name) for name in below)
+            return [*found, *(Branch(root, name, True, prefixes, above) for name in inner)]
+        path = posixpath.join(path, below[0])
+
+
+def _remote_branches(root: str, prefixes: tuple[str, ...]) -> list[Branch]:
+    filesystem, base = storage.filesystem_of(root)
+    base = base.rstrip("/")
+    filesystem.invalidate_cache()
+    found: list[Branch] = []
+    folder = base
+    while True:
+        found.append(Branch(root, folder[len(base) + 1 :], False, prefixes))
+        try:
+            listed = filesystem.ls(folder, detail=True)
+        except FileNotFoundError:
+            return []
+        below = sorted(one["name"] for one in listed if one["type"] == "directory")
+        if len(below) != 1:
+            return [*found, *(Branch(root, name[len(base) + 1 :], True, prefixes) for name in below)]
+        folder = below[0]

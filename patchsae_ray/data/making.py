@@ -1,0 +1,68 @@
+"""How a manifest is made: the work is cut into items, and whoever runs an item keeps the rows that it finds."""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from patchsae_ray import storage
+from patchsae_ray.data.tables import ROWS_A_PART, Part
+from patchsae_ray.writing import create, write_bytes
+
+THREADS = 16
+
+
+class TaskRunner(Protocol):
+    """Runs a function for each of some items, several at once; both can be pickled."""
+
+    def __call__(self, work: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
+        """The results in the items' order, each as it is wanted."""
+        ...
+
+
+def on_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
+    """A TaskRunner on threads of this process."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from pool.map(work, items)
+
+
+@dataclass(frozen=True)
+class Making:
+    """Who makes a manifest's parts, and where they are left."""
+
+    run: TaskRunner = on_threads
+    folder: str | None = None
+    """Where each part is written by whoever makes it; None returns the rows themselves."""
+
+
+def parts_of(rows: pa.Table, folder: str | None) -> tuple[Part, ...]:
+    """Rows of IMAGE_SCHEMA as parts, written to the folder if there is one."""
+    pieces = (Part.of(rows.slice(start, ROWS_A_PART)) for start in range(0, rows.num_rows, ROWS_A_PART))
+    return tuple(piece if folder is None else kept_part(piece, folder) for piece in pieces)
+
+
+def kept_part(part: Part, folder: str) -> Part:
+    """A part as a file of the folder, named by its content, so that it is the same whoever writes it.
+
+    Raises: UserError where the folder cannot be written, StoreError where the store does not answer.
+    """
+    if part.uri:
+        return part
+    data = part.to_bytes()
+    return Part(part.count, (), write_named(folder, data, ".part"))
+
+
+def write_named(folder: str, data: bytes, extension: str) -> str:
+    """Write a file whose name is the digest of its content. Returns its URI.
+
+    Raises: as `kept_part`.
+    """
+    uri = storage.join(folder, f"{storage.digest([data])}{extension}")
+    if not create(uri, data) and storage.read_bytes(uri) != data:
+        write_bytes(uri, data)  # its name is its digest: what is there is damaged
+    return uri
+
+
+IN_THIS_PROCESS = Making()

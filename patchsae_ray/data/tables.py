@@ -1,0 +1,238 @@
+"""The images of a data set as rows of Arrow, and the units that they are read in.
+
+A row says where an image lies and what it is called. Rows come in parts, each made by whoever looked through that part of
+the source: in memory, or in an Arrow file, of which a few batches are read as they are wanted. Labels are an array beside
+them, for they are wanted all together as well.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from threading import Lock
+from typing import overload
+
+import numpy as np
+import pyarrow as pa
+
+from patchsae_ray import storage
+
+NO_LABEL = -1
+ROWS_A_BATCH = 512
+ROWS_A_PART = 65_536
+"""Rows of a part's file, at most: about a megabyte."""
+
+IMAGE_SCHEMA = pa.schema(
+    [
+        ("uri", pa.dictionary(pa.int32(), pa.string())),  # the Parquet file, the tar, or the root of the folder
+        ("name", pa.binary()),  # folder: path under the root; tar: the member's name; as bytes, for paths may be no UTF-8
+        ("at", pa.int64()),  # Parquet: row of the file; tar: byte where the member's content begins
+        ("size", pa.int64()),  # bytes of the image; Parquet: of the file that holds it, whose footer is at its end
+    ]
+)
+"""A row of a part."""
+ROW_SCHEMA = pa.schema([("uri", pa.string()), *list(IMAGE_SCHEMA)[1:], ("label", pa.int32())])
+"""A row as it is read: with its label, -1 without one."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive images, the grain of work."""
+
+    index: int
+    start: int
+    """Position of the first image in the canonical order."""
+    images: pa.RecordBatch
+    """Rows of ROW_SCHEMA."""
+
+    @property
+    def count(self) -> int:
+        return int(self.images.num_rows)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive images of a data set, as batches of 512 rows; the last may be smaller."""
+
+    count: int
+    batches: tuple[pa.RecordBatch, ...] = ()
+    """In memory."""
+    uri: str = ""
+    """Of an Arrow file that holds them, where they are not in memory."""
+
+    @classmethod
+    def of(cls, rows: pa.Table) -> "Part":
+        """A part in memory of rows of IMAGE_SCHEMA."""
+        return cls(rows.num_rows, tuple(rows.combine_chunks().to_batches(max_chunksize=ROWS_A_BATCH)))
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        """The batch of this number.
+
+        Raises: UserError where its file is not there, StoreError where the store does not answer.
+        """
+        return self.batches[number] if self.batches else _kept_batch(self.uri, number)
+
+    def each(self) -> Iterator[pa.RecordBatch]:
+        """The batches in order."""
+        for number in range(-(-self.count // ROWS_A_BATCH)):
+            yield self.batch(number)
+
+    def to_bytes(self) -> bytes:
+        """The part as an Arrow file."""
+        buffer = io.BytesIO()
+        with pa.ipc.new_file(buffer, IMAGE_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+            for batch in self.each():
+                writer.write_batch(batch)
+        return buffer.getvalue()
+
+    def in_memory(self) -> "Part":
+        """The same without its file."""
+        return Part(self.count, tuple(self.each()))
+
+
+def rows_of(uris: Sequence[str], file: np.ndarray, names: pa.Array, at: np.ndarray, sizes: np.ndarray) -> pa.Table:
+    """Rows of IMAGE_SCHEMA: `file` says which of `uris` each image is in."""
+    where = pa.DictionaryArray.from_arrays(pa.array(file, pa.int32()), pa.array(uris, pa.string()))
+    columns = [where, names, pa.array(at, pa.int64()), pa.array(sizes, pa.int64())]
+    return pa.Table.from_arrays(columns, schema=IMAGE_SCHEMA)
+
+
+@dataclass(frozen=True, eq=False)
+class UnitTable(Sequence[Unit]):
+    """All images of a data set, by position and in units.
+
+    Args:
+        parts: the rows.
+        edges_array: [units + 1] int64, as `edges` gives them.
+        label_source: [images] int32 as the source has them, or the URI of such an array's file (little-endian).
+    """
+
+    parts: tuple[Part, ...]
+    edges_array: np.ndarray
+    label_source: np.ndarray | str
+
+    def edges(self) -> np.ndarray:
+        """[units + 1] int64: position of each unit's first image, and the number of images at the end; always in memory."""
+        return self.edges_array
+
+    def labels(self) -> np.ndarray:
+        """[images] int32: each image's label as the source has it, -1 without one."""
+        return self.label_source if isinstance(self.label_source, np.ndarray) else _kept_labels(self.label_source)
+
+    def at(self, position: int) -> int:
+        """Index of the unit that holds an image.
+
+        Raises: IndexError where there is no such position.
+        """
+        if not 0 <= position < self.edges_array[-1]:
+            raise IndexError(position)
+        return int(np.searchsorted(self.edges_array, position, side="right")) - 1
+
+    def __len__(self) -> int:
+        return len(self.edges_array) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Unit: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Unit]: ...
+    def __getitem__(self, index: int | slice) -> Unit | Sequence[Unit]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        return self.read(range(len(self))[index])
+
+    def read(self, index: int) -> Unit:
+        """Unit `index`, without looking at the others; a store that does not answer is tried again for a while.
+
+        Raises: UserError where a kept manifest's file is not there, StoreError once its store has stayed away for too long.
+        """
+        start, end = self.edges_array[index : index + 2].tolist()
+        return Unit(index, start, self.take(np.arange(start, end)))
+
+    def take(self, positions: np.ndarray) -> pa.RecordBatch:
+        """Rows of ROW_SCHEMA of the images at any positions, in the order given.
+
+        Raises: IndexError where there is no such position; otherwise as `read`.
+        """
+        return storage.patiently(lambda: self._take(positions))
+
+    def _take(self, positions: np.ndarray) -> pa.RecordBatch:
+        if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < self.edges_array[-1]:
+            raise IndexError(f"positions {positions.min()} to {positions.max()} of {self.edges_array[-1]} images")
+        order = np.argsort(positions, kind="stable")
+        starts = np.cumsum([0, *(part.count for part in self.parts)])
+        which = np.searchsorted(starts, positions[order], side="right") - 1
+        numbers, rows = np.divmod(positions[order] - starts[which], ROWS_A_BATCH)
+        cuts = [0, *(np.flatnonzero((np.diff(which) != 0) | (np.diff(numbers) != 0)) + 1).tolist(), len(order)]
+
+        def some(low: int, high: int) -> pa.Table:
+            return _plain(self.parts[which[low]].batch(int(numbers[low])), rows[low:high])
+
+        bounds = [(low, high) for low, high in pairwise(cuts) if high > low]
+        if len(bounds) > 1 and any(part.uri and not storage.is_local(part.uri) for part in self.parts):
+            with ThreadPoolExecutor(min(storage.READING_THREADS, len(bounds))) as pool:
+                found = list(pool.map(lambda bound: some(*bound), bounds))
+        else:
+            found = [some(*bound) for bound in bounds]
+        table = pa.concat_tables(found) if found else ROW_SCHEMA.remove(4).empty_table()
+        inverse = np.empty(len(order), np.int64)
+        inverse[order] = np.arange(len(order))
+        labels = pa.array(self._labels_at(positions), pa.int32())
+        rows = table.take(inverse).append_column(ROW_SCHEMA.field("label"), labels).combine_chunks().to_batches()
+        return rows[0] if rows else pa.RecordBatch.from_pylist([], schema=ROW_SCHEMA)
+
+    def _labels_at(self, positions: np.ndarray) -> np.ndarray:
+        uri = self.label_source
+        if isinstance(uri, str) and len(positions) and (np.diff(positions) == 1).all():
+            first, last = int(positions[0]), int(positions[-1])
+            return np.frombuffer(storage.read_ranges([(uri, 4 * first, 4 * last + 4)])[0], "<i4")
+        return self.labels()[positions]
+
+    def picked(self, positions: np.ndarray, edges: np.ndarray) -> "UnitTable":
+        """A table in memory of some of the images in the order given, in units of its own."""
+        rows = pa.Table.from_batches([self.take(positions)])
+        where = rows["uri"].combine_chunks().dictionary_encode()
+        file, at, sizes = where.indices.to_numpy(), rows["at"].to_numpy(), rows["size"].to_numpy()
+        part = Part.of(rows_of(where.dictionary.to_pylist(), file, rows["name"].combine_chunks(), at, sizes))
+        return UnitTable((part,), edges, rows["label"].to_numpy())
+
+    def in_memory(self) -> "UnitTable":
+        """The same table without its files, for machines that do not have them."""
+        return replace(self, parts=tuple(part.in_memory() for part in self.parts), label_source=np.array(self.labels()))
+
+
+def _plain(batch: pa.RecordBatch, rows: np.ndarray) -> pa.Table:
+    """Some rows of a batch, free of the dictionary of all files of its part."""
+    taken = pa.Table.from_batches([batch]).take(pa.array(rows))
+    return taken.set_column(0, "uri", taken["uri"].cast(pa.string()))
+
+
+class _ArrowFile:
+    """A part's file: on this machine its batches are read as they are wanted, from elsewhere it is taken whole."""
+
+    def __init__(self, uri: str) -> None:
+        local = storage.is_local(uri)
+        source = pa.OSFile(uri.removeprefix("file://")) if local else pa.BufferReader(storage.read_bytes(uri))
+        self._reader = pa.ipc.open_file(source)
+        self._lock = Lock()  # the reader is not made for several threads
+
+    def batch(self, number: int) -> pa.RecordBatch:
+        with self._lock:
+            return self._reader.get_batch(number)
+
+
+@lru_cache(maxsize=256)
+def _arrow_file(uri: str) -> _ArrowFile:
+    return _ArrowFile(uri)
+
+
+@lru_cache(maxsize=256)
+def _kept_batch(uri: str, number: int) -> pa.RecordBatch:
+    with storage.reaching(uri):
+        return _arrow_file(uri).batch(number)
+
+
+@lru_cache(maxsize=2)
+def _kept_labels(uri: str) -> np.ndarray:
+    return np.frombuffer(storage.read_bytes(uri), "<i4")
