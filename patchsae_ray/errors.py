@@ -4,12 +4,18 @@ import difflib
 from collections.abc import Iterable
 from typing import cast
 
+from patchsae_ray.redaction import redacted
+
 
 class UserError(Exception):
     """Something given from outside is wrong.
 
     The message is one line that names the file or flag and says what would be right; a job prints it and exits with 2.
+    Secrets of URIs in it are hidden here, so that no caller need think of them.
     """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redacted(value) if isinstance(value, str) else value for value in args))
 
 
 class NotFound(UserError):
@@ -31,8 +37,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an exception's text, or its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The first non-empty line of an exception's text, without secrets of URIs, or its type."""
+    lines = [line.strip() for line in redacted(str(error)).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
 
 

@@ -14,6 +14,8 @@ import torch
 
 from patchsae_ray.errors import UserError, first_line
 
+MAX_SHARING = 2
+"""Bytes of a checkpoint's tensors over bytes of its file; more than 1 where tensors share their numbers."""
 _PACKED_BYTES = 16 * 2**20
 """That an archive may unpack to beyond its own size; torch compresses no tensor."""
 
@@ -61,6 +63,32 @@ def check_size(path: str, source: io.BytesIO | Path, held: int) -> None:
         raise UserError(f"{path} unpacks to {unpacked:,} bytes from {held:,}; torch itself stores tensors uncompressed")
 
 
+def check_claims(path: str, loaded: Any, held: int) -> None:
+    """See that a checkpoint's tensors take about the bytes that its file holds: one number, repeated, takes any size.
+
+    Args:
+        path: for the message.
+        loaded: the checkpoint's content.
+        held: the file's bytes.
+
+    Raises: UserError where they would take more.
+    """
+    claimed, waiting, seen = 0, [loaded], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            claimed += value.numel() * value.element_size()
+        elif isinstance(value, (list, tuple, set)):
+            waiting.extend(value)
+        elif isinstance(value, (dict, StandIn)):
+            waiting.extend((value if isinstance(value, dict) else vars(value)).values())
+    if claimed > MAX_SHARING * held:
+        raise UserError(f"{path} claims tensors of {claimed:,} bytes in {held:,}")
+
+
 def load_inert(path: str, data: bytes, expected: Callable[[str], bool], what: str) -> Any:
     """A torch checkpoint's content, objects of expected classes as stand-ins.
 
@@ -70,7 +98,7 @@ def load_inert(path: str, data: bytes, expected: Callable[[str], bool], what: st
         expected: whether a class, by its full name, may be in the file.
         what: what is read of such a file, for the message.
 
-    Raises: UserError where the file is damaged, unpacks to more than it holds, or names a class that is not expected.
+    Raises: UserError where the file is damaged, claims more than it holds, or names a class that is not expected.
     """
     check_size(path, io.BytesIO(data), len(data))
     try:
@@ -82,7 +110,9 @@ def load_inert(path: str, data: bytes, expected: Callable[[str], bool], what: st
         raise UserError(f"{path} would run {foreign[0]} when unpickled; only {what} are read")
     try:
         with torch.serialization.safe_globals([(_MADE_PLAIN.get(name, StandIn), name) for name in named]):
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         reason = error.__context__ or error  # torch wraps what went wrong in advice
         raise UserError(f"{path} cannot be read as a checkpoint: {first_line(reason)}") from error
+    check_claims(path, loaded, len(data))
+    return loaded

@@ -174,7 +174,7 @@ def ready_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from patchsae_ray.tracking import Tracker
 
     folder = tmp_path_factory.mktemp("mlflow")
-    Tracker(str(folder), "made-ready", {}).finish("FINISHED")
+    Tracker(str(folder), "made-ready", {}, str(folder), "made-ready").finish("FINISHED")
     return folder / "mlflow.db"
 
 

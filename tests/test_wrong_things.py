@@ -154,6 +154,11 @@ def test_archives_that_unpack_to_more_than_they_hold(refused: Refused, tmp_path:
             new.writestr(name, old.read(name))
     for flag in ("sae_path", "clip_weights"):
         refused("extract", changed(golden_flags(), **{flag: str(bomb)}), f"{bomb} unpacks to 25,6")
+    one = torch.zeros(1, dtype=torch.float16)
+    sizes = {"W_enc": (128, 10**9), "b_enc": (10**9,), "W_dec": (10**9, 128), "b_dec": (128,), "visual.class_embedding": (1,)}
+    torch.save({"cfg": {}, "state_dict": {name: one.expand(size) for name, size in sizes.items()}}, bomb)
+    for flag in ("sae_path", "clip_weights"):
+        refused("extract", changed(golden_flags(), **{flag: str(bomb)}), f"{bomb} claims tensors of 514,000,000,258 bytes in ")
 
 
 def test_weights_that_do_not_fit_are_found_before_ray(refused: Refused, tmp_path: Path) -> None:

@@ -16,13 +16,12 @@ import torch
 
 from patchsae_ray.backbone.pickled import PickledModule, PickledTensor, Refused, Storage, read_tree
 from patchsae_ray.errors import UserError, first_line
+from patchsae_ray.inert import MAX_SHARING
 
 MAX_PICKLE_BYTES = 4 * 2**20
 """Of `data.pkl`; that of CLIP's largest archives has a tenth of it."""
 _MAX_CODE_BYTES = 16 * 2**20
 _MAX_ATTRIBUTES, _MAX_DEPTH, _MAX_NAME = 100_000, 32, 256
-_MAX_SHARING = 2
-"""Bytes of the state dict over bytes of the file: more than 1 where modules share a tensor."""
 
 _CLASS = re.compile(r"^class (\w+)\(Module\):$")
 _MEMBERS = re.compile(r"^  __(?:parameters|buffers)__ = \[(.*)\]$")
@@ -62,7 +61,7 @@ def _state_dict(archive: zipfile.ZipFile, file_bytes: int) -> dict[str, torch.Te
     root = read_tree(_text(archive, records[f"{top}data.pkl"], MAX_PICKLE_BYTES))
     tensors = dict(_named_tensors(root, _members(archive, f"{top}code/")))
     claimed = sum(prod(tensor.size) * tensor.storage.dtype.itemsize for tensor in tensors.values())
-    if claimed > _MAX_SHARING * file_bytes:
+    if claimed > MAX_SHARING * file_bytes:
         raise Refused(f"claims tensors of {claimed:,} bytes in {file_bytes:,}")
     storages = {tensor.storage: _numbers(archive, records, top, tensor.storage) for tensor in tensors.values()}
     return {

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from patchsae_ray import storage
 from patchsae_ray.backbone.torchscript import is_torchscript, read_torchscript
 from patchsae_ray.errors import UserError, first_line
-from patchsae_ray.inert import check_size
+from patchsae_ray.inert import check_claims, check_size
 
 StateDict = dict[str, torch.Tensor]
 
@@ -101,6 +101,7 @@ def _read_torch(file: Path) -> StateDict:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise UserError(f"{file} holds no state dict; expected names mapped to tensors")
+    check_claims(str(file), loaded, file.stat().st_size)
     return loaded
 
 

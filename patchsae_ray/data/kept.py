@@ -11,6 +11,7 @@ import json
 import logging
 import posixpath
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from patchsae_ray.data.making import Making, TaskRunner, kept_part, write_named
 from patchsae_ray.data.manifest import Keeping, Manifest, Reading
 from patchsae_ray.data.sources import Listing, Source, list_source, manifest_of
 from patchsae_ray.data.tables import Part, UnitTable
-from patchsae_ray.errors import UserError
+from patchsae_ray.errors import NotFound, UserError
 from patchsae_ray.writing import write_bytes
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def find_or_make(source: Source, root_dir: str, relist: bool, runner: TaskRunner
         source: the data set.
         root_dir: of the results.
         relist: make it anew in any case.
-        runner: makes the parts, and writes them where they are kept; None makes them in this process, and writes nothing.
+        runner: makes the parts of a large remote source, and has them written where they are kept; other sources, and all
+            without a runner, are looked through by this process, and nothing is written yet.
 
     Raises: UserError where there is nothing to be read, StoreError once a store has stayed away for too long.
     """
@@ -80,7 +82,7 @@ def _kept(source: Source, folder: str, note_name: str) -> Manifest | None:
 
 
 def _made(source: Source, folder: str, note_name: str, runner: TaskRunner | None) -> Manifest:
-    making = Making() if runner is None else Making(runner, _parts_folder(folder))
+    making = Making(None if storage.is_local(source.uri) else runner, _parts_folder(folder))
     started = time.time()
     listing = list_source(source, making)
     manifest = manifest_of(source, listing, making)
@@ -116,6 +118,26 @@ def _keep(manifest: Manifest, keeping: Keeping) -> Manifest:
         note = json.dumps({**keeping.content, "manifest": name}, indent=1) + "\n"
         write_bytes(storage.join(keeping.folder, keeping.note), note.encode())
     return replace(manifest, units=units, keeping=None)
+
+
+def wanted_files(folder: str, notes: Iterable[str]) -> set[str]:
+    """The files of a folder of manifests that its notes lead to, relative to it.
+
+    Raises: UserError where a note or a manifest is damaged, so that it cannot be told.
+    """
+    wanted: set[str] = set()
+    for note in notes:
+        try:
+            name = str(json.loads(storage.read_bytes(storage.join(folder, note)))["manifest"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{storage.join(folder, note)} is damaged; --relist would make it again") from error
+        try:
+            units = _load(storage.join(folder, name)).units
+        except NotFound:
+            continue
+        uris = [*(part.uri for part in units.parts), str(units.label_source)]
+        wanted |= {note, name, *(f"parts/{posixpath.basename(uri)}" for uri in uris)}
+    return wanted
 
 
 def _sign(source: Source, listing: Listing, started: float) -> Sign | None:

@@ -15,6 +15,7 @@ from patchsae_ray import storage
 
 IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 ARCHIVE_EXTENSIONS = frozenset({".parquet", ".tar"})
+_ARCHIVE_ENDS = tuple(ARCHIVE_EXTENSIONS)
 _ROWS_AT_ONCE = 65_536
 _LISTED = pa.schema([("path", pa.large_binary()), ("size", pa.int64())])
 """Path under the root; bytes."""
@@ -40,11 +41,12 @@ class Listed:
 
 
 def extension_of(path: str) -> str:
+    """A path's extension in lower case with its dot, or an empty string."""
     return posixpath.splitext(path)[1].lower()
 
 
-def hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in path.split("/"))
+def _hidden(path: str) -> bool:
+    return path.startswith(".") or "/." in path
 
 
 class _Collecting:
@@ -58,10 +60,9 @@ class _Collecting:
         self.listed = Listed(_LISTED.empty_table())
 
     def add(self, path: str, size: int, version: Any = None) -> None:
-        name = path.rsplit("/", 1)[-1]
-        extension = extension_of(name)
-        if hidden(path) or (self._prefixes and not name.startswith(self._prefixes)):
+        if _hidden(path) or (self._prefixes and not posixpath.basename(path).startswith(self._prefixes)):
             return
+        extension = path[path.rfind(".") :].lower()  # what has a slash in it is none of ours
         if extension in IMAGE_EXTENSIONS:
             self._paths.append(os.fsencode(path))
             self._sizes.append(size)
@@ -150,6 +151,7 @@ def _walk(folder: str, path: str, branch: Branch, above: tuple[tuple[int, int], 
     collecting.listed.directories[folder] = own.st_mtime_ns
     above = (*above, (own.st_dev, own.st_ino))
     below: list[str] = []
+    prefix = f"{path}/" if path else ""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
@@ -157,8 +159,9 @@ def _walk(folder: str, path: str, branch: Branch, above: tuple[tuple[int, int], 
                 continue
             size = _size_of(entry)
             if size is not None:
-                said = {"mtime": entry.stat().st_mtime} if extension_of(entry.name) in ARCHIVE_EXTENSIONS else None
-                collecting.add(posixpath.join(path, entry.name), size, said)
+                archive = entry.name[-8:].lower().endswith(_ARCHIVE_ENDS)
+                said = {"mtime": entry.stat().st_mtime} if archive else None
+                collecting.add(prefix + entry.name, size, said)
     for name in below if branch.deep else ():
         inner = posixpath.join(folder, name)
         found = Path(inner).stat()
@@ -214,6 +217,11 @@ def branches(root: str, prefixes: tuple[str, ...] = ()) -> list[Branch]:
         return _remote_branches(root, prefixes)
 
 
+def _in_paths(folder: str) -> str:
+    """What folders are sorted by, so that the paths of what is in them are in order: a-b/1 is before a/1."""
+    return f"{folder}/"
+
+
 def _local_branches(root: str, prefixes: tuple[str, ...]) -> list[Branch]:
     found: list[Branch] = []
     path = ""
@@ -228,7 +236,7 @@ def _local_branches(root: str, prefixes: tuple[str, ...]) -> list[Branch]:
         identities = {name: Path(folder, name).stat() for name in below}
         below = [name for name in below if (identities[name].st_dev, identities[name].st_ino) not in above]
         if len(below) != 1:
-            inner = sorted(posixpath.join(path, name) for name in below)
+            inner = sorted((posixpath.join(path, name) for name in below), key=_in_paths)
             return [*found, *(Branch(root, name, True, prefixes, above) for name in inner)]
         path = posixpath.join(path, below[0])
 
@@ -245,7 +253,7 @@ def _remote_branches(root: str, prefixes: tuple[str, ...]) -> list[Branch]:
             listed = filesystem.ls(folder, detail=True)
         except FileNotFoundError:
             return []
-        below = sorted(one["name"] for one in listed if one["type"] == "directory")
+        below = sorted((one["name"] for one in listed if one["type"] == "directory"), key=_in_paths)
         if len(below) != 1:
             return [*found, *(Branch(root, name[len(base) + 1 :], True, prefixes) for name in below)]
         folder = below[0]

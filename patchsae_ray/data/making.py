@@ -1,8 +1,9 @@
 """How a manifest is made: the work is cut into items, and whoever runs an item keeps the rows that it finds."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -12,6 +13,8 @@ from patchsae_ray.data.tables import ROWS_A_PART, Part
 from patchsae_ray.writing import create, write_bytes
 
 THREADS = 16
+TASKS_FROM = 17
+"""Items that are worth tasks; so many and fewer keep the threads of one process busy, which is there already."""
 
 
 class TaskRunner(Protocol):
@@ -22,7 +25,7 @@ class TaskRunner(Protocol):
         ...
 
 
-def on_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
+def on_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """A TaskRunner on threads of this process."""
     with ThreadPoolExecutor(THREADS) as pool:
         yield from pool.map(work, items)
@@ -30,11 +33,24 @@ def on_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any
 
 @dataclass(frozen=True)
 class Making:
-    """Who makes a manifest's parts, and where they are left."""
+    """Who makes a manifest's parts, and where they are left.
 
-    run: TaskRunner = on_threads
-    folder: str | None = None
-    """Where each part is written by whoever makes it; None returns the rows themselves."""
+    Args:
+        runner: of many items; few are done by threads of this process, and so are all without a runner.
+        folder: where the runner's tasks write the parts, so that the rows never reach this process.
+    """
+
+    runner: TaskRunner | None = None
+    folder: str = ""
+
+    def run(self, work: Callable[..., Any], items: Sequence[Any]) -> Iterable[Any]:
+        """`work` of each item, in order; it takes beside it the folder for its parts, or None to return them."""
+        if self.runner is None or len(items) < TASKS_FROM:
+            return on_threads(partial(work, folder=None), items)
+        return self.runner(partial(work, folder=self.folder), items)
+
+
+IN_THIS_PROCESS = Making()
 
 
 def parts_of(rows: pa.Table, folder: str | None) -> tuple[Part, ...]:
@@ -63,6 +79,3 @@ def write_named(folder: str, data: bytes, extension: str) -> str:
     if not create(uri, data) and storage.read_bytes(uri) != data:
         write_bytes(uri, data)  # its name is its digest: what is there is damaged
     return uri
-
-
-IN_THIS_PROCESS = Making()

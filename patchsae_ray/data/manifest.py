@@ -93,6 +93,14 @@ class Manifest:
         """Digest of where the units begin: of what results by unit number depend on beside `digest`."""
         return storage.digest([np.ascontiguousarray(self.units.edges(), "<i8")])
 
+    @property
+    def cut(self) -> str:
+        """What results by unit number depend on beside `digest`: empty where units are the 512 images that every version
+        cut, else the digest of where they begin."""
+        edges = self.units.edges()
+        usual = self.reading.format != "parquet" or np.array_equal(edges, even_edges(self.num_images))
+        return "" if usual else self.units_digest[:8]
+
     def group_edges(self) -> np.ndarray:
         """[groups + 1] int64: positions at which runs begin that are best read as a whole, and the number of images.
 

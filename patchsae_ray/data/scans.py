@@ -20,8 +20,6 @@ from patchsae_ray.errors import UserError, first_line
 log = logging.getLogger(__name__)
 
 TAR_BLOCK = 512
-SCAN_BYTES = 4 * 2**20
-"""Of a remote tar, read at once; contents that are larger are passed over, smaller ones cost less than to ask again."""
 
 
 @dataclass
@@ -154,33 +152,22 @@ class TarScan:
     """Digest of name, size, time and place of each member, and of each label."""
 
 
-def scan_tar(uri: str, size: int) -> TarScan:
+def scan_tar(uri: str) -> TarScan:
     """Look through one tar's headers; samples are runs of members with the same key, as in WebDataset.
 
-    A member whose header is damaged, or that nobody can name, is taken for an image that cannot be read.
-
-    Args:
-        uri: the tar.
-        size: its bytes.
+    A member whose header is damaged is taken for an image that cannot be read, unless its name still says otherwise. Of a
+    remote tar contents are passed over where they are longer than what is fetched ahead, and read over where not: to ask
+    again would take longer.
 
     Raises: UserError where it is no tar, is cut short, or has .cls members that are no numbers.
     """
     scan = TarScan()
-    with _opened(uri, size) as file, storage.reaching(uri):
+    with storage.open_read(uri) as file:
         try:
             scan.members = storage.digest(_scan_members(uri, file, scan))
         except (tarfile.TarError, ValueError) as error:
             raise UserError(f"{uri} is not a whole tar of images and .cls numbers: {first_line(error)}") from error
     return scan
-
-
-def _opened(uri: str, size: int) -> IO[bytes]:
-    if storage.is_local(uri):
-        return storage.open_read(uri)
-    filesystem, path = storage.filesystem_of(uri)
-    with storage.reaching(uri):
-        opened: IO[bytes] = filesystem.open(path, "rb", block_size=SCAN_BYTES, cache_type="readahead", size=size)
-        return opened
 
 
 def _scan_members(uri: str, file: IO[bytes], scan: TarScan) -> Iterator[str]:

@@ -21,7 +21,7 @@ from patchsae_ray.data.listing import (
     list_branch,
     of_entries,
 )
-from patchsae_ray.data.making import IN_THIS_PROCESS, Making, parts_of
+from patchsae_ray.data.making import IN_THIS_PROCESS, Making, on_threads, parts_of
 from patchsae_ray.data.manifest import (
     Format,
     Manifest,
@@ -107,13 +107,13 @@ def list_source(source: Source, making: Making = IN_THIS_PROCESS) -> Listing:
     Raises: UserError where nothing is there, or nothing that can be read.
     """
     if "*" in source.uri:
-        return _listing_of(source, *_selected(source, *storage.glob_files(source.uri)), making)
+        return _listing_of(source, *_selected(source, *storage.glob_files(source.uri)))
     found = storage.info(source.uri)
     if found is None:
         raise UserError(f"no such data set: {source.uri} is not there")
     if found["type"] != "directory":
         entry = storage.entry_of(posixpath.basename(source.uri), found)
-        return _listing_of(source, *_selected(source, posixpath.dirname(source.uri), [entry]), making)
+        return _listing_of(source, *_selected(source, posixpath.dirname(source.uri), [entry]))
     return _list_folder(source, making)
 
 
@@ -152,10 +152,10 @@ def _list_folder(source: Source, making: Making) -> Listing:
     deep = [branch for branch in found if branch.deep]
     top = joined(list_branch(branch) for branch in found if not branch.deep)
     if top.images.num_rows or not deep:  # files beside folders belong between them
-        top = joined([top, *making.run(list_branch, deep)])
-        listing = _listing(source, root, [top], [_share(top.images, root, making.folder)])
+        top = joined([top, *on_threads(list_branch, deep)])
+        listing = _listing(source, root, [top], [_share(top.images, root, None)])
     else:
-        work = partial(_branches_share, root=root, folder=making.folder)
+        work = partial(_branches_share, root=root)
         shares, others = zip(*making.run(work, _cut(deep)), strict=True)
         listing = _listing(source, root, [top, *others], shares)
     if listing is None and prefixes:
@@ -164,9 +164,9 @@ def _list_folder(source: Source, making: Making) -> Listing:
     return _expected(source, listing)
 
 
-def _listing_of(source: Source, root: str, files: list[storage.Entry], making: Making) -> Listing:
+def _listing_of(source: Source, root: str, files: list[storage.Entry]) -> Listing:
     listed = of_entries(files)
-    return _expected(source, _listing(source, root, [listed], [_share(listed.images, root, making.folder)]))
+    return _expected(source, _listing(source, root, [listed], [_share(listed.images, root, None)]))
 
 
 def _expected(source: Source, listing: Listing | None) -> Listing:
@@ -255,7 +255,7 @@ def _file_entries(parts: Sequence[Part]) -> Iterator[tuple[str, int, str]]:
 
 def _parquet_manifest(source: Source, listing: Listing, making: Making) -> Manifest:
     columns = (source.image_column, source.label_column)
-    work = partial(_parquet_share, root=listing.root, columns=columns, folder=making.folder)
+    work = partial(_parquet_share, root=listing.root, columns=columns)
     found = list(making.run(work, _cut(listing.archives)))
     scans = [scan for _, some in found for scan in some]
     labels = Labels(scans, source.label_column)
@@ -298,7 +298,7 @@ class TarSummary:
 
 
 def _tar_manifest(source: Source, listing: Listing, making: Making) -> Manifest:
-    work = partial(_tar_share, root=listing.root, folder=making.folder)
+    work = partial(_tar_share, root=listing.root)
     found = list(making.run(work, _cut(listing.archives)))
     scans = [scan for _, some in found for scan in some]
     labels = np.concatenate([scan.labels for scan in scans])
@@ -323,7 +323,7 @@ def _tar_share(files: Sequence[storage.Entry], root: str, folder: str | None) ->
     summaries: list[TarSummary] = []
     for file in files:
         uri = storage.join(root, file.path)
-        scan = scan_tar(uri, file.size)
+        scan = scan_tar(uri)
         nothing = np.zeros(len(scan.names), np.int64)
         names, at, sizes = pa.array(scan.names, pa.binary()), np.array(scan.at, np.int64), np.array(scan.sizes, np.int64)
         parts += parts_of(rows_of([uri], nothing, names, at, sizes), folder)

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from patchsae_ray.backbone.clip import Backbone
 from patchsae_ray.backbone.zero_shot import logits
-from patchsae_ray.measure.arrays import Arrays, prefixed, without_prefix
+from patchsae_ray.measure.arrays import Arrays
 from patchsae_ray.measure.image_errors import check_finite, check_labels
 from patchsae_ray.measure.masking import MaskingAccuracy, halves_of
+from patchsae_ray.measure.outcomes import Outcomes
 from patchsae_ray.measure.rankings import Ranker, Ranking
 from patchsae_ray.measure.residuals import ResidualBatches
 from patchsae_ray.measure.stages import StageTimer
+from patchsae_ray.measure.steering_totals import Predictions, SteeringTotals
 from patchsae_ray.names import ErrorTerm, Tokens
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.sae.ops import ActiveLatents, active_latents, masked_reconstructions, sparse_decode
 
-PARTIALS = 2
-"""Version of `SteeringTotals`' arrays: partial results of another version are not read."""
 KS_AT_ONCE = 32
 """Numbers of latents whose variants of an image are there at once; a longer list is gone through in parts."""
 VARIANT_BYTES = {"cpu": 2**24, "cuda": 2**31}
@@ -49,73 +49,6 @@ class SteeringSettings:
     """Whether each image's predictions are kept."""
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Each image's predictions, one column without the autoencoder, then the settings of each order of each ranking."""
-
-    positions: np.ndarray
-    """[n] int64."""
-    labels: np.ndarray
-    """[n] int64."""
-    classes: np.ndarray
-    """[n, columns] int32, predicted."""
-    margins: np.ndarray
-    """[n, columns] float32: score of the true class less the largest other; above 0 where the prediction is right."""
-
-    def to_arrays(self) -> Arrays:
-        """Everything as arrays."""
-        return {"positions": self.positions, "labels": self.labels, "classes": self.classes, "margins": self.margins}
-
-
-class SteeringTotals:
-    """What came of any number of units, mergeable in any order."""
-
-    def __init__(self) -> None:
-        self.accuracy: dict[str, MaskingAccuracy] = {}
-        """By the ranking's name."""
-        self.in_half: dict[str, MaskingAccuracy] = {}
-        """The same, each image classified among its own half of the classes alone (base or novel)."""
-        self._predictions: list[Predictions] = []
-
-    def add(self, arrays: Arrays) -> None:
-        """Take in what a unit, or another's `to_arrays`, gave."""
-        for kind, kept in (("accuracy", self.accuracy), ("in_half", self.in_half)):
-            of_kind = without_prefix(kind, arrays)
-            for ranking in sorted({name.split("/")[0] for name in of_kind}):
-                found = MaskingAccuracy.from_arrays(without_prefix(ranking, of_kind))
-                if ranking in kept:
-                    kept[ranking].merge(found)
-                else:
-                    kept[ranking] = found
-        predictions = without_prefix("predictions", arrays)
-        if predictions:
-            self._predictions.append(Predictions(**predictions))
-
-    def add_predictions(self, predictions: Predictions) -> None:
-        """Take in some images' predictions."""
-        self._predictions.append(predictions)
-
-    def predictions(self) -> Predictions | None:
-        """All images' predictions by position; None where none were kept."""
-        if not self._predictions:
-            return None
-        columns = zip(*(part.to_arrays().values() for part in self._predictions), strict=True)
-        positions, labels, classes, margins = (np.concatenate(column) for column in columns)
-        order = np.argsort(positions)
-        return Predictions(positions[order], labels[order], classes[order], margins[order])
-
-    def to_arrays(self) -> Arrays:
-        """Everything as arrays."""
-        arrays: Arrays = {}
-        for kind, kept in (("accuracy", self.accuracy), ("in_half", self.in_half)):
-            for ranking, accuracy in kept.items():
-                arrays.update(prefixed(f"{kind}/{ranking}", accuracy.to_arrays()))
-        predictions = self.predictions()
-        if predictions is not None:
-            arrays.update(prefixed("predictions", predictions.to_arrays()))
-        return arrays
-
-
 class Steerer:
     """The model on its device, turning images into predictions with latents masked.
 
@@ -138,6 +71,7 @@ class Steerer:
         self._device = sae.W_enc.device.type
         self._residuals = ResidualBatches(backbone, batch_size, self._device)
         self._ks = torch.tensor(settings.ks, device=self._device)
+        self._whole = settings.ks[-1] == sae.d_sae
         self._other_half = torch.zeros(2, len(classifier), device=self._device)
         self._half_of = torch.zeros(len(classifier), dtype=torch.int64, device=self._device)
         for index, part in enumerate(halves_of(len(classifier)).values()):
@@ -170,23 +104,27 @@ class Steerer:
             totals.accuracy[ranking.name] = MaskingAccuracy(num_masked, num_classes, ranking.orders)
             totals.in_half[ranking.name] = MaskingAccuracy(num_masked, num_classes, ranking.orders)
         timer = StageTimer(self._device)
+        right = [np.zeros((0, 2 * (1 + self._whole)), dtype=bool)]
         for rows, residual in self._residuals.of(pixels, timer):
             labelled = np.flatnonzero(labels[rows] >= 0)
             for start in range(0, len(labelled), self._images_at_once):
                 chosen = labelled[start : start + self._images_at_once]
                 where = torch.from_numpy(chosen).to(self._device)
-                self._steer(residual[where], positions[rows][chosen], labels[rows][chosen], totals, timer)
+                right.append(self._steer(residual[where], positions[rows][chosen], labels[rows][chosen], totals, timer))
                 if report is not None:
                     report(rows.start + int(chosen[-1]) + 1)
             if report is not None:
                 report(rows.stop)
+        totals.outcomes = Outcomes(right[0].shape[1])
+        totals.outcomes.update(positions[labels >= 0], labels[labels >= 0], np.concatenate(right))
         arrays = totals.to_arrays()
         timer.mark("reduce")
         return arrays, timer.seconds
 
     def _steer(
         self, residual: Tensor, positions: np.ndarray, labels: np.ndarray, totals: SteeringTotals, timer: StageTimer
-    ) -> None:
+    ) -> np.ndarray:
+        """Take in images, all labelled. Returns what `tried` names, of each: [n, w] bool."""
         true = torch.from_numpy(labels).to(self._device)[:, None]
         half = self._other_half[self._half_of[true]]  # [n, 1, c], 0 in the image's own half of the classes, -inf in the other
         without = self._scores(residual)[:, None]
@@ -215,12 +153,15 @@ class Steerer:
                 right[0].append(self._right(scores, true))
                 right[1].append(self._right(scores + half, true))
                 found += [scores] if self._settings.predictions else []
-            for kept, without_sae, masked in zip((totals.accuracy, totals.in_half), untouched, right, strict=True):
-                kept[ranking.name].update(labels, without_sae, torch.stack(masked, dim=2).cpu().numpy())
+            masked = [torch.stack(of_orders, dim=2).cpu().numpy() for of_orders in right]
+            totals.accuracy[ranking.name].update(labels, untouched[0], masked[0])
+            totals.in_half[ranking.name].update(labels, untouched[1], masked[1])
         check_finite(positions, scores=seen[:, None])
         if found:
             totals.add_predictions(_predictions(torch.cat(found, dim=1), positions, labels))
         timer.mark("reduce")
+        whole = [of_settings[:, -2, 0] for of_settings in masked] if self._whole else []  # with all kept, any order is the same
+        return np.stack([*untouched, *whole], axis=1)
 
     def _masked_scores(self, residual: Tensor, active: ActiveLatents, ranks: Tensor, rest: Tensor, timer: StageTimer) -> Tensor:
         """[n, m, c] scores under every masked setting of one order."""

@@ -24,7 +24,7 @@ class _EndWithPass(ExecutionCallback):
 
 
 class Arrivals:
-    """References to a data set's blocks, pulled by a thread of its own, so that a pass can look around while none comes.
+    """References to a data set's blocks that have rows, pulled by a thread of its own: a pass can look around meanwhile.
 
     Leaving the `with` block ends the execution, whatever it is at, and waits for the thread: one that outlives its pass
     would go on asking Ray for blocks, and end the process once the pass's connection is closed.
@@ -53,7 +53,8 @@ class Arrivals:
         try:
             for bundle in data.iter_internal_ref_bundles():
                 for entry in bundle.blocks:
-                    self._put("block", entry.ref)
+                    if entry.metadata.num_rows != 0:
+                        self._put("block", entry.ref)
             self._put("end", None)
         except BaseException as error:
             self._put("error", error)

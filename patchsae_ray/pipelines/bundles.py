@@ -6,10 +6,6 @@ choice of disjoint ones is made at the end, and what it leaves uncovered is run.
 """
 
 import json
-import os
-import secrets
-import socket
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -18,17 +14,18 @@ import numpy as np
 import pyarrow as pa
 
 from patchsae_ray import storage
-from patchsae_ray.errors import StoreError, UserError
+from patchsae_ray.errors import UserError
 from patchsae_ray.measure.arrays import Arrays, from_bytes, to_bytes
-from patchsae_ray.writing import create, remove, write_bytes
+from patchsae_ray.storage import Entry
+from patchsae_ray.writing import create
 
 MAX_UNITS = 32
 SUFFIX = ".bundle"
-ALIVE_PREFIX = "alive-"
 _MAGIC = b"PSAEBND1"
 
-BadRows = list[tuple[int, str, str]]
+BadRow = tuple[int, str, str]
 """(position, path, reason)."""
+BadRows = list[BadRow]
 
 
 @dataclass
@@ -45,6 +42,8 @@ class Notes:
     """Peak resident memory of the actors so far."""
     failed: str = ""
     """Why the unit was given up; such a unit is in no bundle."""
+    devices: list[str] = field(default_factory=list)
+    """Models of device that computed it, by name; empty where it was made before they were on record."""
 
     def add(self, other: "Notes") -> None:
         """Take in another's units."""
@@ -52,6 +51,7 @@ class Notes:
         self.images += other.images
         self.bad = sorted([*self.bad, *other.bad])
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+        self.devices = sorted({*self.devices, *other.devices})
         for stage, seconds in other.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
@@ -126,13 +126,23 @@ class BundleFolder:
     uri: str
     units: int
 
-    def list(self) -> list[Bundle]:
+    def entries(self) -> "list[Entry]":
+        """All files of the folder: bundles, and the claims and heartbeats of its drivers.
+
+        Raises: StoreError where the store stays away for longer than its patience.
+        """
+        return storage.patiently(lambda: storage.entries(self.uri))
+
+    def list(self, entries: Sequence[Entry] | None = None) -> "list[Bundle]":
         """What is committed, as far as it belongs to this run.
 
-        Raises: StoreError where the store cannot be reached.
+        Args:
+            entries: of the folder, where they have been asked for already.
+
+        Raises: as `entries`.
         """
         found = []
-        for entry in storage.entries(self.uri):
+        for entry in self.entries() if entries is None else entries:
             units = bundle_units(entry.path)
             if units is not None and units[-1] < self.units:
                 found.append(Bundle(entry.path, units))
@@ -165,38 +175,6 @@ class BundleFolder:
         if tuple(notes.units) != bundle.units:
             raise UserError(f"{uri} does not hold the units of its name: remove it, and the same command makes it again")
         return arrays, notes
-
-
-class Heartbeat:
-    """A small file that tells `--clean` that a driver is at work on a folder; rewritten at most once a minute.
-
-    Args:
-        folder: a `BundleFolder`'s uri.
-    """
-
-    SECONDS = 60.0
-
-    def __init__(self, folder: str) -> None:
-        self._uri = storage.join(folder, f"{ALIVE_PREFIX}{secrets.token_hex(4)}.json")
-        self._last = -self.SECONDS
-
-    def beat(self) -> None:
-        """Say that the driver lives. A store that does not answer is left to those who need it."""
-        if time.monotonic() - self._last < self.SECONDS:
-            return
-        self._last = time.monotonic()
-        said = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
-        try:
-            write_bytes(self._uri, json.dumps(said).encode())
-        except StoreError:
-            return
-
-    def stop(self) -> None:
-        """The driver is done; where the store does not answer, the file grows old by itself."""
-        try:
-            remove(self._uri)
-        except UserError:
-            return
 
 
 def uncovered(bundles: Sequence[Bundle], units: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from patchsae_ray.measure.arrays import Arrays
 from patchsae_ray.measure.image_errors import check_finite
 from patchsae_ray.names import ActivationDtype, Tokens
 from patchsae_ray.pipelines import cluster
+from patchsae_ray.pipelines.manifests import ManifestTasks
 from patchsae_ray.pipelines.model import LoadedModel, PortableModel, load_model
 from patchsae_ray.pipelines.passes import Pass, UnitPass
 from patchsae_ray.pipelines.results import ResultFolder, run_key
@@ -123,8 +124,9 @@ def cache_activations(settings: CacheSettings) -> dict[str, float]:
     """
     model = load_model(settings)
     manifest = open_dataset(
-        settings.dataset_name, settings.dataset_path, settings.split, None, settings.root_dir, settings.relist
-    )
+        settings.dataset_name, settings.dataset_path, settings.split, None, settings.root_dir, settings.relist,
+        ManifestTasks(settings.ray_address, settings.root_dir),
+    )  # fmt: skip
     folders = {}
     for precision in cluster.possible_precisions(settings.precision):
         identity = cache_identity(settings, model, manifest, precision)
@@ -170,8 +172,7 @@ def _run(settings: CacheSettings, model: LoadedModel, manifest: Manifest, sessio
         "wall_seconds": wall, "images_per_second": kept.images_per_second(),
     }  # fmt: skip
     files = {CACHE_FILE: record.to_json(), ERRORS_FILE: errors_parquet(kept.bad)}
-    spent = storage.join(session.folder.uri, "bundles", key)
-    return Made(files, summary, summary, {"source": manifest.source, **kept.record()}, spent=spent)
+    return Made(files, summary, summary, {"source": manifest.source, **kept.record()}, spent=kept.bundles)
 
 
 def _write_given_up(kept: Pass, manifest: Manifest, folder: str, key: str, nothing: torch.Tensor) -> None:
@@ -203,7 +204,13 @@ def cache_identity(settings: CacheSettings, model: LoadedModel, manifest: Manife
         "tokens": settings.tokens,
         "activation_dtype": settings.activation_dtype,
         "clip_batch_size": settings.batch_size,
+        **_cut_of(manifest),
     }
+
+
+def _cut_of(manifest: Manifest) -> dict[str, str]:
+    """What unit files depend on beside their images; nothing where units are the 512 images that every version cut."""
+    return {"units": manifest.cut} if manifest.cut else {}
 
 
 def cache_folder(settings: CacheSettings, model: LoadedModel, identity: dict[str, Any]) -> str:
@@ -226,6 +233,10 @@ def open_cache(settings: TrainSettings, model: LoadedModel, manifest: Manifest) 
                 f"--activations {folder} is of another {_CALLED.get(name, name)} ({str(record.identity.get(name))[:24]} there, "
                 f"{str(value)[:24]} here)"
             )
+    if record.identity.get("units", "") != manifest.cut:
+        raise UserError(
+            f"--activations {folder} is of other units of the same images; jobs/cache_activations.py would make one that fits"
+        )
     cached_tokens(record, settings, model)
     if record.dtype == "bf16" and settings.activation_dtype == "fp32":
         raise UserError(f"--activations {folder} holds bf16, --activation_dtype is fp32; bf16 would be right")

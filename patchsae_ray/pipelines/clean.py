@@ -1,42 +1,77 @@
-"""What dead runs have left under a root folder: bundles that no result came of, and files that are not whole."""
+"""What dead runs have left under a root folder: bundles, checkpoints and manifests that no result needs, unfinished files."""
 
 import logging
 import posixpath
-import time
+import secrets
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any
 
 from patchsae_ray import storage
-from patchsae_ray.pipelines.bundles import ALIVE_PREFIX, SUFFIX, bundle_units
-from patchsae_ray.writing import TEMPORARY_PREFIX, check_writable, remove, remove_empty, remove_tree
+from patchsae_ray.data.kept import wanted_files
+from patchsae_ray.errors import StoreError, UserError
+from patchsae_ray.pipelines.bundles import SUFFIX, bundle_units
+from patchsae_ray.pipelines.claims import claim_of
+from patchsae_ray.pipelines.heartbeat import driver_of
+from patchsae_ray.writing import TEMPORARY_PREFIX, check_writable, remove, remove_empty, remove_tree, write_bytes
 
 log = logging.getLogger(__name__)
 
 DEAD_AFTER_SECONDS = 600.0
-"""A run whose folder nothing was written to for this long is dead: a live driver writes at least once a minute."""
+"""A run whose folder nothing was written to for this long is dead: a live driver writes its heartbeat every ten seconds."""
+UNUSED_AFTER_SECONDS = 86_400.0
+"""What has no heartbeat, checkpoints and manifests, may be in use for this long after it was last written."""
 RESULT_FOLDERS = ("out", "eval_outputs")
+MANIFESTS = "out/manifests"
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """A dead run's bundles, or one file that is not whole."""
+    """What a dead run has left: a folder, a file, or an upload that did not end."""
 
     uri: str
-    files: int
-    units: int
+    what: str
     size: int
     """Bytes."""
     age: float
-    """Seconds since something was written to it."""
+    """Seconds since something was written to it, by the store's clock."""
+    dead_after: float
+    """Seconds after which it can be no live run's."""
+    remove: Callable[[], None]
 
     def describe(self) -> str:
-        what = f"{self.files} files of {self.units} units" if self.units else f"{self.files} unfinished files"
-        return f"{self.uri}: {what}, {self.size / 2**20:,.1f} MiB, last written {self.age / 60:,.0f} minutes ago"
+        return f"{self.uri}: {self.what}, {self.size / 2**20:,.1f} MiB, last written {self.age / 60:,.0f} minutes ago"
+
+
+@dataclass(frozen=True)
+class _File:
+    path: str
+    """Relative to the root folder."""
+    size: int
+    written: float
+    """Seconds since 1970, by the store's clock."""
+
+    @property
+    def folder(self) -> str:
+        return posixpath.dirname(self.path)
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.path)
+
+    @property
+    def kind(self) -> str:
+        """The name of the folder above the file's."""
+        return posixpath.basename(posixpath.dirname(self.folder))
 
 
 def clean(root_dir: str) -> dict[str, float]:
     """`jobs/extract.py --clean`: list what dead runs have left under `root_dir`, and remove it.
 
-    A run is dead where nothing was written to its folder for ten minutes; younger ones are listed and left.
+    A run is dead where nothing was written to its folder for ten minutes, a training where nothing was for a day; younger
+    ones are listed and left.
 
     Raises: UserError where the root cannot be reached or written.
     """
@@ -44,15 +79,11 @@ def clean(root_dir: str) -> dict[str, float]:
     removed = kept = 0
     size = 0
     for leftover in find_leftovers(root_dir):
-        if leftover.age < DEAD_AFTER_SECONDS:
+        if leftover.age < leftover.dead_after:
             log.info("clean: kept, may be in use: %s", leftover.describe())
             kept += 1
             continue
-        if leftover.units or leftover.uri.rsplit("/", 2)[-2] == "bundles":
-            remove_tree(leftover.uri)
-            remove_empty(posixpath.dirname(leftover.uri))
-        else:
-            remove(leftover.uri)
+        leftover.remove()
         log.info("clean: removed %s", leftover.describe())
         removed, size = removed + 1, size + leftover.size
     log.info("clean: %d leftovers removed (%.1f MiB), %d kept, under %s", removed, size / 2**20, kept, root_dir)
@@ -60,26 +91,132 @@ def clean(root_dir: str) -> dict[str, float]:
 
 
 def find_leftovers(root_dir: str) -> list[Leftover]:
-    """Bundle folders by run key, and unfinished files, under the root's result folders."""
-    now = time.time()
-    found: list[Leftover] = []
-    for top in RESULT_FOLDERS:
-        root = storage.join(root_dir, top)
-        runs: dict[str, list[storage.Entry]] = {}
-        for entry in storage.entries(root):
-            folder, name = posixpath.split(entry.path)
-            if posixpath.basename(posixpath.dirname(folder)) == "bundles" and _is_ours(name):
-                runs.setdefault(folder, []).append(entry)
-            elif name.startswith(TEMPORARY_PREFIX):
-                uri = storage.join(root, entry.path)
-                found.append(Leftover(uri, 1, 0, entry.size, now - storage.modified(uri)))
-        for folder, files in sorted(runs.items()):
-            written = max(storage.modified(storage.join(root, entry.path)) for entry in files)
-            units = {unit for entry in files for unit in bundle_units(posixpath.basename(entry.path)) or ()}
-            total = sum(entry.size for entry in files)
-            found.append(Leftover(storage.join(root, folder), len(files), len(units), total, now - written))
+    """Of every kind, under the root's result folders.
+
+    Raises: UserError where the root cannot be reached or written.
+    """
+    files = [file for top in RESULT_FOLDERS for file in _listed(root_dir, top)]
+    uploads = _uploads(root_dir)
+    if not files and not uploads:
+        return []
+    now = _store_time(root_dir)
+    runs = list(_folders(root_dir, files, now))
+    found = [*runs, *_unfinished(root_dir, files, now), *(_upload(root_dir, upload, now) for upload in uploads)]
+    if any(run.age < run.dead_after for run in runs):
+        log.info("clean: manifests are kept, for a run may be using them")
+        return found
+    return [*found, *_manifests(root_dir, files, now)]
+
+
+def _listed(root_dir: str, top: str) -> list[_File]:
+    """All files under a folder of the root, with the times that the store gives them; empty where there is no such folder."""
+    filesystem, root = storage.filesystem_of(root_dir)
+    with storage.reaching(root_dir):
+        filesystem.invalidate_cache()
+        listed = filesystem.find(posixpath.join(root, top), detail=True)
+    root = root.rstrip("/")
+    found = []
+    for name, said in sorted(listed.items()):
+        path = name[len(root) + 1 :]
+        written = _seconds(said) or storage.modified(storage.join(root_dir, path))
+        found.append(_File(path, int(said.get("size") or 0), written))
     return found
 
 
-def _is_ours(name: str) -> bool:
-    return name.endswith(SUFFIX) or name.startswith((ALIVE_PREFIX, TEMPORARY_PREFIX))
+def _seconds(said: dict[str, Any]) -> float | None:
+    for key in ("mtime", "LastModified", "last_modified", "updated"):
+        value = said.get(key)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return None
+
+
+def _store_time(root_dir: str) -> float:
+    """What time it is by the store's clock, which need not be this machine's: when a file that is written now was written."""
+    uri = storage.join(root_dir, RESULT_FOLDERS[0], f"{TEMPORARY_PREFIX}time-{secrets.token_hex(4)}")
+    write_bytes(uri, b"")
+    try:
+        return storage.modified(uri)
+    finally:
+        remove(uri)
+
+
+def _folders(root_dir: str, files: Iterable[_File], now: float) -> Iterator[Leftover]:
+    """Bundles of runs, and checkpoints to go on from, by the run that they belong to."""
+    runs: dict[str, list[_File]] = {}
+    for file in files:
+        ours = file.kind == "bundles" and _is_of_a_pass(file.name)
+        if ours or file.kind == "resume":
+            runs.setdefault(file.folder, []).append(file)
+    for folder, inside in sorted(runs.items()):
+        units = {unit for file in inside for unit in bundle_units(file.name) or ()}
+        of_a_pass = inside[0].kind == "bundles"
+        what = f"{len(inside)} files of {len(units)} units" if of_a_pass else f"{len(inside)} files to resume a training from"
+        age = now - max(file.written for file in inside)
+        uri = storage.join(root_dir, folder)
+        limit = DEAD_AFTER_SECONDS if of_a_pass else UNUSED_AFTER_SECONDS
+        yield Leftover(uri, what, sum(file.size for file in inside), age, limit, partial(_remove_folder, uri))
+
+
+def _is_of_a_pass(name: str) -> bool:
+    ours = name.endswith(SUFFIX) or name.startswith(TEMPORARY_PREFIX)
+    return ours or claim_of(name) is not None or driver_of(name) is not None
+
+
+def _remove_folder(uri: str) -> None:
+    remove_tree(uri)
+    remove_empty(posixpath.dirname(uri))
+
+
+def _unfinished(root_dir: str, files: Iterable[_File], now: float) -> Iterator[Leftover]:
+    for file in files:
+        if file.name.startswith(TEMPORARY_PREFIX) and file.kind not in {"bundles", "resume"}:
+            uri = storage.join(root_dir, file.path)
+            yield Leftover(uri, "unfinished file", file.size, now - file.written, DEAD_AFTER_SECONDS, partial(remove, uri))
+
+
+def _manifests(root_dir: str, files: Iterable[_File], now: float) -> Iterator[Leftover]:
+    """Manifests of data sets that have changed since, and parts of manifests: what no note of a source leads to."""
+    inside = [file for file in files if file.path.startswith(MANIFESTS + "/")]
+    notes = [file.path.removeprefix(MANIFESTS + "/") for file in inside if file.name.endswith(".json")]
+    try:
+        wanted = wanted_files(storage.join(root_dir, MANIFESTS), notes)
+    except StoreError:
+        raise
+    except UserError as error:
+        log.info("clean: manifests are kept: %s", error)
+        return
+    for file in inside:
+        if file.path.removeprefix(MANIFESTS + "/") not in {*wanted, *notes} and not file.name.startswith(TEMPORARY_PREFIX):
+            uri, age = storage.join(root_dir, file.path), now - file.written
+            yield Leftover(uri, "of a manifest that is not current", file.size, age, UNUSED_AFTER_SECONDS, partial(remove, uri))
+
+
+def _uploads(root_dir: str) -> list[dict[str, Any]]:
+    """Uploads in parts that have begun under the root and not ended, as S3 lists them: they are paid for, and no file."""
+    filesystem, path = storage.filesystem_of(root_dir)
+    if not hasattr(filesystem, "list_multipart_uploads"):
+        return []
+    bucket, _, prefix = path.strip("/").partition("/")
+    try:
+        with storage.reaching(root_dir):
+            listed = filesystem.list_multipart_uploads(bucket)
+    except UserError as error:
+        log.info("clean: uploads that did not end are not listed: %s", error)
+        return []
+    tops = tuple(posixpath.join(prefix, top) + "/" for top in RESULT_FOLDERS)
+    return [upload for upload in listed if str(upload["Key"]).startswith(tops)]
+
+
+def _upload(root_dir: str, upload: dict[str, Any], now: float) -> Leftover:
+    filesystem, path = storage.filesystem_of(root_dir)
+    bucket = path.strip("/").split("/")[0]
+
+    def abort() -> None:
+        with storage.reaching(root_dir):
+            filesystem.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+
+    age = now - upload["Initiated"].timestamp()
+    return Leftover(f"s3://{bucket}/{upload['Key']}", "upload that did not end", 0, age, UNUSED_AFTER_SECONDS, abort)

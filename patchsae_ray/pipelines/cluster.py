@@ -15,6 +15,7 @@ from patchsae_ray.errors import UserError, first_line
 from patchsae_ray.pipelines.planning import Cluster, Node, Plan, Wishes, plan
 from patchsae_ray.pipelines.progress import duration
 from patchsae_ray.settings import ModelSettings, PoolSettings
+from patchsae_ray.signals import handler_kept
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def connect(address: str | None) -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     _probe(chosen)
     try:
-        ray.init(address=chosen, logging_level=logging.ERROR, log_to_driver=False, **options)
+        with handler_kept():
+            ray.init(address=chosen, logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(f"--ray_address {chosen}: no Ray cluster answers there ({first_line(error)})") from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)

@@ -16,11 +16,12 @@ from patchsae_ray.errors import UserError
 from patchsae_ray.measure.comparison import GROUPS, CountsChange, column_of, compare_counts
 from patchsae_ray.measure.masking import halves_of
 from patchsae_ray.pipelines.compare_page import page
+from patchsae_ray.pipelines.compare_paired import change_in_words, paired_metrics, paired_table
 from patchsae_ray.pipelines.compare_runs import ModelRun, images_of, read_runs
 from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, run_key
 from patchsae_ray.pipelines.tables import parquet_bytes
 from patchsae_ray.settings import CompareSettings, as_dict
-from patchsae_ray.tracking import tracked
+from patchsae_ray.tracking import tracked, upload_left
 from patchsae_ray.writing import check_writable
 
 log = logging.getLogger(__name__)
@@ -28,8 +29,8 @@ log = logging.getLogger(__name__)
 SHARED_KS = (10, 50, 100)
 PAGE_FILE = "compare.html"
 FILES = (
-    "summary.json", "classes.csv", "classes.parquet", "latents.csv", "latents.parquet", "conditions.csv", "groups.png",
-    "counts.png", "steering.png", "examples.png", PAGE_FILE,
+    "summary.json", "classes.csv", "classes.parquet", "latents.csv", "latents.parquet", "conditions.csv", "paired.csv",
+    "groups.png", "counts.png", "steering.png", "examples.png", PAGE_FILE,
 )  # fmt: skip
 
 
@@ -45,6 +46,8 @@ class Comparison:
     """A row a class and latent among the largest of either model."""
     conditions: pd.DataFrame
     """A row a classifier, the counts that rank, switch and k."""
+    paired: pd.DataFrame
+    """A row a part of the classes and what was tried on them, the change on the same images; empty where a run does not say."""
     summary: dict[str, Any]
 
 
@@ -62,17 +65,18 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
     folder = ResultFolder(uri, "compare", identity, dict.fromkeys(FILES, run_key(identity)), elsewhere="")
     if folder.done():
         log.info("compare: done already, nothing to do; results in %s", uri)
+        upload_left(settings.root_dir, "compare", uri, folder.key)
         return dict(folder.record()["summary"])
     folder.check(settings.overwrite)
     check_writable(settings.root_dir)
-    with tracked(settings.root_dir, "compare", as_dict(settings)) as tracker:
+    with tracked(settings.root_dir, "compare", as_dict(settings), uri, folder.key) as tracker:
         tracker.tags({**identity, "run_key": folder.key, "results": uri})
         found = compare_runs(base, adapted, settings)
         for name, data in _files(found, settings).items():
             folder.write(name, data)
         folder.commit({"settings": as_dict(settings), "mlflow_run": tracker.run_id, "summary": found.summary})
         tracker.metrics(_metrics(found.summary))
-        tracker.files(uri, [*FILES, RUN_FILE])
+        tracker.files([*FILES, RUN_FILE])
     log.info("compare: %s", found.summary["finding"])
     log.info("compare: results in %s", uri)
     return found.summary
@@ -95,8 +99,9 @@ def compare_runs(base: ModelRun, adapted: ModelRun, settings: CompareSettings) -
     classes = _classes(base, adapted, changes, names, settings.classes)
     latents = _latents(base, adapted, changes, names)
     conditions = _conditions(base, adapted, settings.classes)
-    summary = _summary(base, adapted, settings, classes, overall, conditions)
-    return Comparison(base, adapted, classes, latents, conditions, summary)
+    paired = paired_table(base, adapted)
+    summary = _summary(base, adapted, settings, classes, overall, conditions, paired)
+    return Comparison(base, adapted, classes, latents, conditions, paired, summary)
 
 
 def _classes(
@@ -160,7 +165,7 @@ def _conditions(base: ModelRun, adapted: ModelRun, classes: str) -> pd.DataFrame
 
 def _summary(
     base: ModelRun, adapted: ModelRun, settings: CompareSettings, classes: pd.DataFrame, overall: CountsChange,
-    conditions: pd.DataFrame,
+    conditions: pd.DataFrame, paired: pd.DataFrame,
 ) -> dict[str, Any]:  # fmt: skip
     accuracy = {}
     for part, estimate in {"all": "mean_over_classes", "base": "base", "novel": "novel"}.items():
@@ -173,6 +178,7 @@ def _summary(
         "num_classes": len(classes),
         "images": {"features": int(base.features["num_images"]), "steering": int(base.summary["images"])},
         "accuracy": accuracy,
+        "paired": paired.to_dict("records") or None,
         "high_k": settings.high_k,
         "low_k": settings.low_k,
         "latents_a_class": groups,
@@ -193,6 +199,8 @@ def without_nan(value: Any) -> Any:
     """The same with None for what has no value, as JSON has it."""
     if isinstance(value, dict):
         return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without_nan(one) for one in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -206,9 +214,10 @@ def finding(summary: Mapping[str, Any], conditions: pd.DataFrame) -> str:
     which = {"all": "", "base": " on the base classes", "novel": " on the novel classes"}[part]
     correlation = summary["rank_correlation"]["mean_over_classes"]
     correlated = "" if math.isnan(correlation) else f" (rank correlation of the counts {correlation:.3f})"
+    change = change_in_words(summary, after - before)
     said = (
-        f"With {adapter} accuracy{which} goes from {before:.2f} % to {after:.2f} % ({after - before:+.2f} points); of a "
-        f"class's leading latents {shares['high in both']:.0f} % stay high, {shares['high to low']:.1f} % fall and "
+        f"With {adapter} accuracy{which} goes from {before:.2f} % to {after:.2f} % ({change}); "
+        f"of a class's leading latents {shares['high in both']:.0f} % stay high, {shares['high to low']:.1f} % fall and "
         f"{shares['low to high']:.1f} % rise{correlated}."
     )
     swapped = swapping(conditions)
@@ -248,6 +257,7 @@ def _files(found: Comparison, settings: CompareSettings) -> dict[str, bytes]:
             for name, table in tables.items()
         },
         "conditions.csv": found.conditions.to_csv(index=False).encode(),
+        "paired.csv": found.paired.to_csv(index=False).encode(),
         **figures,
         PAGE_FILE: text.encode(),
     }
@@ -272,4 +282,4 @@ def _metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     metrics.update({f"rank_correlation_{name}": value for name, value in correlations if value is not None})
     for part, models in summary["accuracy"].items():
         metrics.update({f"accuracy_{part}_{name}": found["percent"] for name, found in models.items()})
-    return metrics
+    return {**metrics, **paired_metrics(summary)}

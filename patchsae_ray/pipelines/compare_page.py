@@ -40,6 +40,7 @@ def page(
         _table(_accuracy(summary, adapted.vit_type)),
         "<p class=small>Means over classes with 95 % intervals over images. Base and novel are the two halves of the classes, "
         "each classified among its own.</p>",
+        *_paired(summary),
         "<h2>Steering: whose latents, whose classifier</h2>",
         _figure(figures["steering.png"], "accuracy against the number of latents kept and removed"),
         _table(_conditions(conditions)),
@@ -101,6 +102,28 @@ def _accuracy(summary: Mapping[str, Any], adapter: str) -> pd.DataFrame:
             for part, found in summary["accuracy"].items()
         ]
     )
+
+
+def _paired(summary: Mapping[str, Any]) -> list[str]:
+    """The change on the same images, or why there is none."""
+    if not summary["paired"]:
+        said = "One of the steering runs was made without outcomes.parquet, so the two are not compared image by image; "
+        return [f"<p class=small>{said}jobs/steer.py --overwrite would write it.</p>"]
+    words = {"no_sae": "without the SAE", "reconstruction": "with its reconstruction"}
+    signed = _number("{:+.2f}")
+    rows = [
+        {
+            "classes": row["classes"],
+            "": words[row["tried"]],
+            "change on the same images, points": f"{signed(row['change'])} ({signed(row['low'])} to {signed(row['high'])})",
+            "right with the adapted alone": f"{row['gained']:,}",
+            "right with plain CLIP alone": f"{row['lost']:,}",
+            "images": f"{row['images']:,}",
+        }
+        for row in summary["paired"]
+    ]
+    said = "Both models saw the same images, so what they have in common drops out: these intervals are narrower."
+    return [_table(pd.DataFrame(rows)), f"<p class=small>{said}</p>"]
 
 
 def _conditions(conditions: pd.DataFrame) -> pd.DataFrame:

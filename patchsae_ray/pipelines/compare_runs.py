@@ -17,7 +17,7 @@ from patchsae_ray.inert import load_inert
 from patchsae_ray.pipelines.counts import read_array
 from patchsae_ray.pipelines.extract import COUNTS_FILE
 from patchsae_ray.pipelines.results import record_of_file
-from patchsae_ray.pipelines.steer_outputs import HALVES_FILE, SUMMARY_FILE
+from patchsae_ray.pipelines.steer_outputs import HALVES_FILE, OUTCOMES_FILE, SUMMARY_FILE
 from patchsae_ray.settings import CompareSettings
 
 TOP_FILE = "max_activating_image_indices.pt"
@@ -47,6 +47,8 @@ class ModelRun:
     """The same among the class's own half."""
     top: np.ndarray | None
     """[s, k] positions of top images, -1 in an empty slot; None where only counts were made."""
+    outcomes: str | None
+    """Where its steering run says of each image what was right; None of a run that was made before such files were."""
 
     def key(self) -> dict[str, str]:
         """The run keys of what it was read from."""
@@ -99,7 +101,10 @@ def read_run(root: str, vit_type: str, dataset: str) -> ModelRun:
     metrics = _table(storage.join(steered, ranking["table"]))
     halves = _table(storage.join(steered, HALVES_FILE))
     halves = halves[halves["ranking"] == "class"].drop(columns="ranking")
-    return ModelRun(vit_type, counts, counted, steering, summary, metrics, halves, _top(features, counted))
+    outcomes = storage.join(steered, OUTCOMES_FILE)
+    by_image = record_of_file(outcomes)
+    paired = outcomes if by_image is not None and by_image["run_key"] == steering["run_key"] else None
+    return ModelRun(vit_type, counts, counted, steering, summary, metrics, halves, _top(features, counted), paired)
 
 
 def _table(uri: str) -> pd.DataFrame:

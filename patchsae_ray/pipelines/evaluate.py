@@ -17,7 +17,7 @@ from patchsae_ray.data.catalog import find_entry, open_dataset
 from patchsae_ray.data.kept import keep
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
-from patchsae_ray.measure.evaluation import EvaluationTotals
+from patchsae_ray.measure.evaluation import PARTIALS, EvaluationTotals
 from patchsae_ray.measure.evaluator import MeanTotals
 from patchsae_ray.measure.recovered import conditions_of
 from patchsae_ray.pipelines import cluster
@@ -32,6 +32,7 @@ from patchsae_ray.pipelines.evaluate_outputs import (
 )
 from patchsae_ray.pipelines.evaluate_worker import Chosen, EvaluateTask, HeadArrays, MeansTask, narrowed
 from patchsae_ray.pipelines.extract import sample_positions
+from patchsae_ray.pipelines.manifests import ManifestTasks
 from patchsae_ray.pipelines.model import Inputs, load_model
 from patchsae_ray.pipelines.passes import Pass, T, UnitPass
 from patchsae_ray.pipelines.results import ResultFolder, run_key
@@ -82,8 +83,9 @@ def read_evaluate_inputs(settings: EvaluateSettings) -> EvaluateInputs:
     """
     split = held_out_split(settings)
     manifest = open_dataset(
-        settings.dataset_name, settings.dataset_path, split, settings.classnames, settings.root_dir, settings.relist
-    )
+        settings.dataset_name, settings.dataset_path, split, settings.classnames, settings.root_dir, settings.relist,
+        ManifestTasks(settings.ray_address, settings.root_dir),
+    )  # fmt: skip
     classified = manifest.labelled and bool(manifest.classnames)
     if manifest.labelled and not classified:
         log.info("evaluate: %s names no classes; --classnames FILE would add zero-shot metrics", manifest.source)
@@ -107,7 +109,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
     def work(session: Session) -> Made:
         run = _Run(settings, replace(inputs, manifest=keep(inputs.manifest)), session)
         totals, kept = run.measure()
-        spent.append(storage.join(uri, "bundles", run.means_key))
+        spent.extend(run.spent)
         types = inputs.model.token_types(settings.tokens)
         found = totals.tokens.result(types) if totals.tokens else {}
         if totals.tokens is None or not found:
@@ -121,7 +123,7 @@ def evaluate(settings: EvaluateSettings) -> dict[str, Any]:
             summary,
             {**evaluation_metrics(rows), "images_per_second": kept.images_per_second()},
             kept.record(),
-            spent=storage.join(uri, "bundles", session.folder.key),
+            spent=kept.bundles,
         )
 
     summary = run_once(settings, folders, work)
@@ -142,7 +144,10 @@ class _Run:
         if wanted < manifest.num_images:
             self._read, self.chosen = narrowed(manifest, sample_positions(manifest.num_images, wanted, settings.seed))
         self._model = inputs.model.portable(session.plan.precision)
-        self.means_key = run_key({**session.folder.identity, "pass": "means"})
+        self._means_key = run_key({**session.folder.identity, "pass": "means"})
+        self._key = run_key({**session.folder.identity, "partials": PARTIALS})
+        self.spent: list[str] = []
+        """Folders of the first pass's bundles."""
         log.info("evaluate: %s of %s images of %s", f"{wanted:,}", f"{manifest.num_images:,}", manifest.source)
 
     def measure(self) -> tuple[EvaluationTotals, Pass]:
@@ -153,12 +158,13 @@ class _Run:
         settings = self._settings
         head = self._head() if self._inputs.classified else None
         task = EvaluateTask(self._model, self.chosen, settings.tokens, settings.batch_size, head)
-        return self._pass("evaluate", task, EvaluationTotals, self._session.folder.key)
+        return self._pass("evaluate", task, EvaluationTotals, self._key)
 
     def _head(self) -> HeadArrays:
         settings, model, plan = self._settings, self._inputs.model, self._session.plan
         task = MeansTask(replace(self._model, sae=None), self.chosen, settings.tokens, settings.batch_size)
-        totals, _ = self._pass("evaluate: means", task, MeanTotals, self.means_key)
+        totals, kept = self._pass("evaluate: means", task, MeanTotals, self._means_key)
+        self.spent.append(kept.bundles)
         means = totals.means()
         if means is None:
             raise UserError(f"{self._inputs.manifest.source}: no image could be read, so there is nothing to measure")

@@ -21,8 +21,9 @@ TABLE_FILE = "evaluation.csv"
 FIGURE_FILE = "latent_density.png"
 OUTPUTS = (JSON_FILE, TABLE_FILE, FIGURE_FILE, ERRORS_FILE)
 
-Row = tuple[str, str, float | None]
-"""(metric, tokens, value). Tokens: those measured, or whose residual is replaced; empty where none is."""
+Row = tuple[str, str, float | None, float | None, float | None]
+"""(metric, tokens, value, low, high). Tokens: those measured, or whose residual is replaced; empty where none is. Low and high
+of the 95 % interval, None of what has none."""
 
 _RECONSTRUCTION = ("mse", "explained_variance", "explained_variance_legacy", "cosine")
 _SPARSITY = ("l0", "l1", "dead_share", "dense_share")
@@ -76,7 +77,14 @@ def _classification(found: ZeroShotResult) -> dict[str, Any]:
     by_condition = {
         condition: _finite({name: getattr(found, name)[condition] for name in _ZERO_SHOT}) for condition in found.top1
     }
-    return {"images": found.images, "classes": found.classes, **by_condition, "loss_recovered": _finite(recovered)}
+    intervals = {
+        metric: {name: [bound if math.isfinite(bound) else None for bound in interval] for name, interval in of_metric.items()}
+        for metric, of_metric in found.intervals.items()
+    }
+    return {
+        "images": found.images, "classes": found.classes, **by_condition, "loss_recovered": _finite(recovered),
+        "intervals": intervals,
+    }  # fmt: skip
 
 
 def rows_of(summary: Mapping[str, Any], types: Sequence[str]) -> list[Row]:
@@ -86,27 +94,33 @@ def rows_of(summary: Mapping[str, Any], types: Sequence[str]) -> list[Row]:
         summary: of `summarise`.
         types: of the tokens measured, by name.
     """
-    rows: list[Row] = [("images", "", summary["images"])]
+    rows: list[tuple[Any, ...]] = [("images", "", summary["images"])]
     for group in ("reconstruction", "sparsity"):
         rows += [(name, kind, value) for kind, of_kind in summary[group].items() for name, value in of_kind.items()]
     if summary["objective"]:
         rows += [(name, "all", summary["objective"][name]) for name in ("mse_loss", "l1_loss", "loss")]
     classification = summary["classification"]
     if classification:
+        intervals = classification["intervals"]
         rows.append(("labelled_images", "", classification["images"]))
         for condition in conditions_of(types):
             of_condition = classification[condition.name]
-            rows += [(f"{name}_{condition.what}", condition.tokens, value) for name, value in of_condition.items()]
+            rows += [
+                (f"{name}_{condition.what}", condition.tokens, value, *intervals[name][condition.name])
+                for name, value in of_condition.items()
+            ]
         recovered = classification["loss_recovered"]
-        rows += [(f"loss_recovered_{name}", "all", value) for name, value in recovered.items()]
-    return rows
+        rows += [
+            (f"loss_recovered_{name}", "all", value, *intervals["loss_recovered"][name]) for name, value in recovered.items()
+        ]
+    return [(*row, None, None)[:5] for row in rows]
 
 
 def result_files(
     summary: Mapping[str, Any], rows: Sequence[Row], found: Mapping[str, TokenResult], bad: list[tuple[int, str, str]]
 ) -> dict[str, bytes]:
     """File name → content."""
-    table = pd.DataFrame(rows, columns=["metric", "tokens", "value"])
+    table = pd.DataFrame(rows, columns=["metric", "tokens", "value", "low", "high"])
     return {
         JSON_FILE: (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode(),
         TABLE_FILE: table.to_csv(index=False).encode(),
@@ -116,10 +130,13 @@ def result_files(
 
 
 def evaluation_metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """For MLflow: eval_{metric}, for one type of tokens eval_{metric}_{type}; what is not defined is left out."""
-    suffixes = {"": "", "all": ""}
-    defined = [(name, suffixes.get(tokens, f"_{tokens}"), value) for name, tokens, value in rows if value is not None]
-    return {f"eval_{name}{suffix}": float(value) for name, suffix, value in defined}
+    """For MLflow: eval_{metric}, for one type of tokens eval_{metric}_{type}, with _low and _high; what is not defined is left
+    out."""
+    suffixes, found = {"": "", "all": ""}, {}
+    for metric, tokens, *numbers in rows:
+        name = f"eval_{metric}{suffixes.get(tokens, f'_{tokens}')}"
+        found.update({f"{name}{end}": number for end, number in zip(("", "_low", "_high"), numbers, strict=True)})
+    return {name: float(number) for name, number in found.items() if number is not None}
 
 
 def log_summary(summary: Mapping[str, Any], folder: str) -> None:
@@ -134,9 +151,10 @@ def log_summary(summary: Mapping[str, Any], folder: str) -> None:
     if classification:
         recovered = classification["loss_recovered"]
         log.info(
-            "evaluate: zero-shot top-1 %.2f %% without the SAE, %.2f %% with its reconstruction; "
+            "evaluate: zero-shot top-1 %.2f %%%s without the SAE, %.2f %%%s with its reconstruction; "
             "loss recovered %s of zero ablation's, %s of mean ablation's",
-            100 * classification["no_sae"]["top1"], 100 * classification["reconstruction"]["top1"],
+            100 * classification["no_sae"]["top1"], _range(classification, "no_sae"),
+            100 * classification["reconstruction"]["top1"], _range(classification, "reconstruction"),
             _number(recovered["zero_ablation"]), _number(recovered["mean_ablation"]),
         )  # fmt: skip
     log.info("evaluate: results in %s", folder)
@@ -144,3 +162,11 @@ def log_summary(summary: Mapping[str, Any], folder: str) -> None:
 
 def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.4f}"
+
+
+def _range(classification: Mapping[str, Any], condition: str) -> str:
+    """The interval of top-1 in percent; empty where there is none, and of a run that was finished before there were any."""
+    if "intervals" not in classification:
+        return ""
+    low, high = classification["intervals"]["top1"][condition]
+    return "" if low is None else f" ({100 * low:.2f} to {100 * high:.2f})"

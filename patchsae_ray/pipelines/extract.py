@@ -40,8 +40,6 @@ class LatentPass:
     latents: LatentResult
     quality: QualityResult | None
     record: Pass
-    key: str
-    """Under which its bundles are."""
 
 
 def feature_folder(settings: ClassLatentsSettings) -> str:
@@ -89,7 +87,7 @@ def run_pass(
     highest = max(totals.statistics.class_counts, default=-1)
     if highest >= manifest.num_classes:
         raise UserError(f"{manifest.source} has the label {highest}, but {manifest.num_classes} class names")
-    return LatentPass(totals.statistics.result(manifest.num_classes), totals.quality.result(), kept, key)
+    return LatentPass(totals.statistics.result(manifest.num_classes), totals.quality.result(), kept)
 
 
 def bundle_key(session: Session, measured: ExtractionSettings) -> str:
@@ -126,7 +124,7 @@ def extract(settings: ExtractSettings) -> dict[str, float]:
 
     def work(session: Session) -> Made:
         found = run_pass("extract", settings, inputs, session, settings.top_k, settings.quality_images, settings.seed)
-        return _made(found, inputs.manifest, _files(settings, found, inputs), session)
+        return _made(found, inputs.manifest, _files(settings, found, inputs))
 
     return _run(settings, folders, work)
 
@@ -148,7 +146,7 @@ def class_latents(settings: ClassLatentsSettings) -> dict[str, float]:
     def work(session: Session) -> Made:
         found = run_pass("class_latents", settings, inputs, session, top_k=1)
         files = {**_counts_files(settings, found.latents), ERRORS_FILE: errors_parquet(found.record.bad)}
-        return _made(found, inputs.manifest, files, session)
+        return _made(found, inputs.manifest, files)
 
     return _run(settings, folders, work)
 
@@ -160,12 +158,11 @@ def _run(settings: ClassLatentsSettings, folders: dict[str, ResultFolder], work:
     return summary
 
 
-def _made(found: LatentPass, manifest: Manifest, files: dict[str, bytes], session: Session) -> Made:
+def _made(found: LatentPass, manifest: Manifest, files: dict[str, bytes]) -> Made:
     metrics = latent_metrics(found)
     seconds = {f"seconds_{stage}": value for stage, value in found.record.seconds().items()}
     record = {"source": manifest.source, "ignored_files": manifest.ignored_files, **found.record.record()}
-    spent = storage.join(session.folder.uri, "bundles")
-    return Made(files, metrics, {**metrics, **seconds}, record, spent=storage.join(spent, found.key))
+    return Made(files, metrics, {**metrics, **seconds}, record, spent=found.record.bundles)
 
 
 _EXTRACT_ONLY = {"top_k", "quality_images", "seed", "figure_latents"}

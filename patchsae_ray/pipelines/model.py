@@ -22,6 +22,7 @@ from patchsae_ray.data.catalog import find_entry, open_dataset
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
 from patchsae_ray.names import Tokens
+from patchsae_ray.pipelines.manifests import ManifestTasks
 from patchsae_ray.sae.checkpoint import SaeCheckpoint, read_checkpoint
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.settings import ModelSettings, SaeSettings
@@ -126,8 +127,9 @@ def read_inputs(settings: SaeSettings, text: bool = False) -> Inputs:
     """
     model = load_model(settings, text)
     manifest = open_dataset(
-        settings.dataset_name, settings.dataset_path, settings.split, settings.classnames, settings.root_dir, settings.relist
-    )
+        settings.dataset_name, settings.dataset_path, settings.split, settings.classnames, settings.root_dir, settings.relist,
+        ManifestTasks(settings.ray_address, settings.root_dir),
+    )  # fmt: skip
     return Inputs(model, manifest)
 
 

@@ -1,107 +1,44 @@
 """A pass over a data set that loses nothing: only units that no bundle holds are run, and each is committed once.
 
 Partials stay in Ray's object store; the driver groups references to them, a task combines and commits each group, and the
-driver gets a receipt. So the driver's memory depends neither on the number of images nor on the size of a partial.
+driver gets a receipt. So the driver's memory depends neither on the number of images nor on the size of a partial. Several
+drivers of one run share its units: each claims some, looks at what the others have done, and waits for those who live.
 """
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
-import ray
+import numpy as np
 
 from patchsae_ray import storage
 from patchsae_ray.data.kept import keep
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
-from patchsae_ray.measure.stages import peak_bytes
-from patchsae_ray.pipelines.arrivals import Arrivals
-from patchsae_ray.pipelines.bundles import (
-    MAX_UNITS,
-    BadRows,
-    Bundle,
-    BundleFolder,
-    Heartbeat,
-    Notes,
-    choose,
-    uncovered,
-)
+from patchsae_ray.pipelines.bundles import BadRows, Bundle, BundleFolder, Notes, choose, uncovered
+from patchsae_ray.pipelines.claims import Claims, Held
 from patchsae_ray.pipelines.cluster import several_machines
-from patchsae_ray.pipelines.merging import Receipt, combine, merged_contents, naming_the_image
-from patchsae_ray.pipelines.progress import ProgressLines, duration, on_this_machine, start_ledger
+from patchsae_ray.pipelines.devices import warn_of_several
+from patchsae_ray.pipelines.heartbeat import Heartbeat, Peers
+from patchsae_ray.pipelines.merging import helpers, merged_contents, naming_the_image
+from patchsae_ray.pipelines.pass_record import Pass
 from patchsae_ray.pipelines.runner import Session
-from patchsae_ray.pipelines.units import Totals, UnitTask, partials
+from patchsae_ray.pipelines.units import Totals, UnitTask
+from patchsae_ray.pipelines.waves import Waves
+from patchsae_ray.writing import remove_tree
 
 log = logging.getLogger(__name__)
 
-COMBINES_AT_ONCE = 4
 WAVE_UNITS = 20_000
 """Units that Ray Data is told of at once, so that what it keeps of each stays small."""
-MAX_ROUNDS = 5
-"""How often units that turn out to be uncovered are run again."""
+MAX_FRUITLESS = 5
+"""Waves in a row of which nothing could be committed, after which a pass is given up."""
+PAUSE_SECONDS = 5.0
+"""After the first of them, and longer after each; also between two looks at what others do."""
 
 T = TypeVar("T", bound=Totals)
-
-
-@dataclass
-class Pass:
-    """What every pass over a data set keeps beside its own results."""
-
-    max_bad_fraction: float
-    num_images: int
-    num_units: int = 0
-    units_before: int = 0
-    """Units that earlier runs had committed."""
-    images_before: int = 0
-    """Images of those units."""
-    notes: Notes = field(default_factory=lambda: Notes([], 0))
-    failed: BadRows = field(default_factory=list)
-    """The images of units that were given up."""
-    commit_seconds: float = 0.0
-    """Of this run's bundles; the other stages are those of all runs together."""
-    merge_seconds: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def bad(self) -> BadRows:
-        """All images without a result, by position."""
-        return sorted([*self.notes.bad, *self.failed])
-
-    def check(self) -> None:
-        """Raises: UserError once more images are unreadable than the settings allow."""
-        bad = self.bad
-        if len(bad) > self.max_bad_fraction * self.num_images:
-            _, path, reason = bad[0]
-            raise UserError(
-                f"{len(bad)} of {self.num_images} images cannot be read, the first {path} ({reason}); "
-                f"--max_bad_fraction {self.max_bad_fraction:g} allows {int(self.max_bad_fraction * self.num_images)}"
-            )
-
-    def record(self) -> dict[str, Any]:
-        """What run.json says of any pass."""
-        return {
-            "num_images": self.num_images,
-            "num_units": self.num_units,
-            "units_by_earlier_runs": self.units_before,
-            "bad_images": len(self.bad),
-            "seconds": {stage: round(value, 3) for stage, value in self.seconds().items()},
-            "wall_seconds": round(self.wall_seconds(), 3),
-            "peak_memory_bytes": {"actor": self.notes.peak_bytes, "driver": peak_bytes()},
-        }
-
-    def images_per_second(self) -> float:
-        """Of the images that this run did itself."""
-        return (self.num_images - self.images_before) / self.wall_seconds()
-
-    def seconds(self) -> dict[str, float]:
-        """Stage times, over all actors and tasks."""
-        return {**self.notes.seconds, "commit": self.commit_seconds, "merge": self.merge_seconds}
-
-    def wall_seconds(self) -> float:
-        """Seconds since the pass began."""
-        return time.perf_counter() - self.started
 
 
 @dataclass
@@ -136,48 +73,38 @@ class UnitPass(Generic[T]):
 
     def __post_init__(self) -> None:
         self.manifest = keep(self.manifest)
-        uri = storage.absolute(storage.join(self.session.folder.uri, "bundles", self.run_key))
-        self._scheduling: Any = "SPREAD"
-        if storage.is_local(uri):  # then the other machines, if there are any, see neither the manifest nor the bundles
-            self._scheduling = on_this_machine()
-            if several_machines():
-                self.manifest = replace(self.manifest, units=self.manifest.units.in_memory())
+        name = f"{self.run_key}-{self.manifest.cut}" if self.manifest.cut else self.run_key
+        uri = storage.absolute(storage.join(self.session.folder.uri, "bundles", name))
+        local = storage.is_local(uri)  # then the other machines, if there are any, see neither the manifest nor the bundles
+        self._where = helpers(local)
+        if local and several_machines():
+            self.manifest = replace(self.manifest, units=self.manifest.units.in_memory())
         self.folder = BundleFolder(uri, len(self.manifest.units))
-        self._heartbeat = Heartbeat(uri)
+        self._sizes = np.diff(self.manifest.units.edges())
+        """[unit] images."""
+        self._finished_before = self.session.folder.done_meanwhile()
 
     def run(self) -> tuple[T, Pass]:
-        """Run what no bundle holds, then merge all bundles.
+        """Run what no bundle holds and no other driver runs, then merge all bundles.
 
         Raises: UserError past `max_bad_fraction`, without progress, where the store stays away, or for an image that spoils it.
         """
-        kept = Pass(self.max_bad_fraction, self.manifest.num_images, len(self.manifest.units))
-        chosen = choose(self.folder.list())
-        missing: list[int] = uncovered(chosen, kept.num_units).tolist()
-        kept.units_before = kept.num_units - len(missing)
-        edges = self.manifest.units.edges()
-        kept.images_before = kept.num_images - sum(int(edges[unit + 1] - edges[unit]) for unit in missing)
+        kept = Pass(self.max_bad_fraction, self.manifest.num_images, len(self.manifest.units), bundles=self.folder.uri)
         log.info("%s: %s images in %s units", self.what, f"{kept.num_images:,}", f"{kept.num_units:,}")
-        if kept.units_before:
-            log.info("%s: %s units were done by earlier runs", self.what, f"{kept.units_before:,}")
-        try:
-            failed: dict[int, str] = {}
-            for _ in range(MAX_ROUNDS):
-                if not missing:
-                    break
-                with naming_the_image(self.whole or self.manifest):
-                    failed.update(self._run_units(missing, kept))
-                chosen = choose(self.folder.list())
-                absent = uncovered(chosen, kept.num_units).tolist()
-                missing = [unit for unit in absent if unit not in failed]
-                failed = {unit: failed[unit] for unit in absent if unit in failed}  # another driver may have done the rest
-            if missing:
-                raise UserError(f"{self.what}: unit {missing[0]} and {len(missing) - 1} more are in no bundle; run it again")
+        failed: dict[int, str] = {}
+        with Heartbeat(self.folder.uri) as heartbeat, naming_the_image(self.whole or self.manifest):
+            chosen = self._cover(kept, failed, heartbeat.driver)
             kept.failed = [row for unit, reason in failed.items() for row in self._rows_of(unit, reason)]
             totals = self._merge(chosen, kept)
-        finally:
-            self._heartbeat.stop()
         self._check_once(kept, failed)
         kept.check()
+        warn_of_several(self.what, kept.notes.devices)
+        if kept.num_units > kept.units_before:
+            here, others = int(kept.own.sum()), kept.num_units - kept.units_before - len(failed) - int(kept.own.sum())
+            log.info(
+                "%s: %s images in %s units were done by this driver%s", self.what, f"{kept.images_here:,}", f"{here:,}",
+                f", {others:,} units by others" if others > 0 else "",
+            )  # fmt: skip
         return totals, kept
 
     def _check_once(self, kept: Pass, failed: dict[int, str]) -> None:
@@ -187,86 +114,105 @@ class UnitPass(Generic[T]):
         if kept.notes.units != wanted or images != kept.num_images:
             raise RuntimeError(f"{len(kept.notes.units)} of {len(wanted)} units merged, {images} of {kept.num_images} images")
 
-    def _run_units(self, missing: Sequence[int], kept: Pass) -> dict[int, str]:
-        """Run units in waves. Returns those that were given up, with the reason."""
-        task = ray.put(self.task)
-        ledger = start_ledger(kept.num_units)
-        failed: dict[int, str] = {}
-        with ProgressLines(
-            self.what, kept.num_images, kept.images_before, ledger, publish=lambda found: self.session.tracker.metrics(found)
-        ) as progress:
-            for start in range(0, len(missing), WAVE_UNITS):
-                wave = missing[start : start + WAVE_UNITS]
-                data = partials(self.manifest, wave, self.image_size, task, self.session.plan, ledger)
-                with Arrivals(data) as arrivals:
-                    for receipt in self._receipts(arrivals, progress):
-                        kept.notes.bad = sorted({*kept.notes.bad, *receipt.bad})
-                        kept.commit_seconds += receipt.commit_seconds
-                        for unit, reason in receipt.failed:
-                            failed[unit] = reason
-                            kept.failed += self._rows_of(unit, reason)
-                            log.warning("%s: %s", self.what, reason)
-                        kept.check()
-        ray.kill(ledger)
-        return failed
+    def _cover(self, kept: Pass, failed: dict[int, str], driver: str) -> list[Bundle]:
+        """Run units until bundles hold all but those that were given up, by this driver and others. Returns the bundles.
+
+        Args:
+            kept: told what was done.
+            failed: unit → why it was given up; filled.
+            driver: this one.
+        """
+        claims = Claims(self.folder.uri, kept.num_units, driver, Peers(self.folder.uri))
+        chosen, missing = self._look(claims, kept, failed)
+        kept.units_before = kept.num_units - len(missing)
+        if kept.units_before:
+            log.info("%s: %s units were done by earlier runs", self.what, f"{kept.units_before:,}")
+        if not missing:
+            return chosen
+        waves = Waves(
+            self.what, self.manifest, self.image_size, self.task, self.totals, self.session.plan, self.folder, self._where,
+            self.no_progress_minutes, self.commit_seconds, self.session.tracker.metrics,
+        )  # fmt: skip
+        with waves:
+            fruitless = 0
+            while missing:
+                waves.progress.elsewhere(self._done_elsewhere(missing, failed, kept))
+                units, held = claims.split(missing)
+                if units:
+                    waves.progress.note("")
+                    fruitless = 0 if self._run_wave(waves, units[:WAVE_UNITS], claims, kept, failed) else fruitless + 1
+                else:
+                    self._wait(waves, held)
+                if fruitless:
+                    self._pause(fruitless, missing)
+                chosen, missing = self._look(claims, kept, failed)
+        return chosen
+
+    def _look(self, claims: Claims, kept: Pass, failed: dict[int, str]) -> tuple[list[Bundle], list[int]]:
+        """What is committed, and what is still to be run, by whomever.
+
+        Raises: UserError where another driver has finished the run, and taken the bundles away.
+        """
+        entries = self.folder.entries()
+        claims.look(entries)
+        chosen = choose({*self.folder.list(entries), *kept.committed.values()})
+        absent = uncovered(chosen, kept.num_units).tolist()
+        for unit in set(failed).difference(absent):  # another driver has done it
+            failed.pop(unit)
+            kept.tally.forget(unit)
+        missing = [unit for unit in absent if unit not in failed]
+        if missing and not self._finished_before and self.session.folder.done_meanwhile():
+            remove_tree(self.folder.uri)
+            raise UserError(f"{self.what}: another driver has finished this run")
+        return chosen, missing
+
+    def _run_wave(self, waves: Waves, units: Sequence[int], claims: Claims, kept: Pass, failed: dict[int, str]) -> bool:
+        """Run units. Returns whether anything came of it."""
+        before = len(kept.committed) + len(failed)
+        for receipt in waves.run(units, claims.desk()):
+            for unit, reason in receipt.failed:
+                failed[unit] = reason
+                count, first = int(self._sizes[unit]), self._rows_of(unit, reason)[0]
+                kept.tally.add(unit, count, first)
+                log.warning("%s: %s", self.what, reason)
+            kept.take(receipt)
+        return len(kept.committed) + len(failed) > before
+
+    def _done_elsewhere(self, missing: list[int], failed: Mapping[int, str], kept: Pass) -> int:
+        """Images of the units that earlier runs and other drivers have committed."""
+        return int(self._sizes.sum() - self._sizes[[*missing, *failed]].sum() - self._sizes[kept.own].sum())
+
+    def _pause(self, fruitless: int, missing: Sequence[int]) -> None:
+        """After a wave of which nothing came: others were faster, or its work was lost.
+
+        Raises: UserError where that has happened too often.
+        """
+        if fruitless >= MAX_FRUITLESS:
+            raise UserError(
+                f"{self.what}: unit {missing[0]} and {len(missing) - 1} more were run {fruitless} times, and nothing could be "
+                "committed; what was committed before stays, and the same command goes on from there"
+            )
+        time.sleep(PAUSE_SECONDS * fruitless)
+
+    def _wait(self, waves: Waves, held: Held) -> None:
+        """Let others do what they have claimed, and say so in the lines of progress.
+
+        Raises: UserError where nothing has been done for too long.
+        """
+        waves.progress.note(f"waiting for the other driver's {held.units:,} units (on {', '.join(held.hosts)})")
+        waves.see_progress()
+        time.sleep(PAUSE_SECONDS)
 
     def _rows_of(self, unit: int, reason: str) -> BadRows:
         found = self.manifest.units[unit]
         return [(found.start + index, path, reason) for index, path in enumerate(self.manifest.paths(found))]
 
-    def _receipts(self, arrivals: Arrivals, progress: ProgressLines) -> Iterator[Receipt]:
-        """Group partials as they come, have each group committed, and give the receipts as they come back."""
-        remote = ray.remote(num_cpus=0, max_retries=5, scheduling_strategy=self._scheduling)(combine)
-        waiting: list[Any] = []
-        oldest = time.monotonic()
-        running: list[Any] = []
-        for reference in self._ticking(arrivals, progress):
-            if reference is not None:
-                oldest = oldest if waiting else time.monotonic()
-                waiting.append(reference)
-            if waiting and (len(waiting) >= MAX_UNITS or time.monotonic() - oldest >= self.commit_seconds):
-                running.append(remote.remote(self.folder, self.totals, *waiting))
-                waiting = []
-            done, running = ray.wait(running, num_returns=len(running), timeout=0) if running else ([], [])
-            while len(running) > COMBINES_AT_ONCE:
-                more, running = ray.wait(running, num_returns=1)
-                done += more
-            for one in done:
-                yield ray.get(one)
-                progress.moved()
-        if waiting:
-            running.append(remote.remote(self.folder, self.totals, *waiting))
-        for one in running:
-            yield ray.get(one)
-            progress.moved()
-
-    def _ticking(self, arrivals: Arrivals, progress: ProgressLines) -> Iterator[Any]:
-        """References to partials as they come, and None each second without one.
-
-        Raises: UserError where nothing has been done for too long.
-        """
-        while True:
-            self._heartbeat.beat()
-            try:
-                reference = arrivals.next(timeout=1.0)
-            except StopIteration:
-                return
-            if reference is not None:
-                progress.moved()
-            elif progress.quiet_seconds() > 60 * self.no_progress_minutes:
-                raise UserError(
-                    f"{self.what}: nothing was done for {duration(progress.quiet_seconds())} "
-                    "(--no_progress_minutes); what was committed stays, and the same command goes on from there"
-                )
-            yield reference
-
     def _merge(self, chosen: Sequence[Bundle], kept: Pass) -> T:
         """All bundles in the order of their units; many of them first in a tree of tasks."""
         start = time.perf_counter()
         totals, notes = self.totals(), Notes([], 0)
-        for arrays, other in merged_contents(self.folder, self.totals, chosen, self._scheduling):
+        for arrays, other in merged_contents(self.folder, self.totals, chosen, self._where):
             totals.add(arrays)
             notes.add(other)
-            self._heartbeat.beat()
         kept.notes, kept.merge_seconds = notes, time.perf_counter() - start
         return totals

@@ -11,6 +11,9 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from patchsae_ray.pipelines.claims import Desk
+from patchsae_ray.pipelines.ray_faults import ended_for_memory, nodes_alive
+
 log = logging.getLogger(__name__)
 
 FIRST_LINE_SECONDS = 3.0
@@ -32,40 +35,40 @@ class Attempts:
 
     def __init__(self, alive: Callable[[], Collection[str]] | None = None) -> None:
         self._alive = alive or nodes_alive
-        self._open: dict[tuple[str, Hashable], list[str]] = {}
+        self._open: dict[tuple[str, Hashable], list[tuple[str, str]]] = {}
 
-    def begin(self, stage: str, key: Hashable, node: str) -> int:
+    def begin(self, stage: str, key: Hashable, node: str, worker: str = "") -> int:
         """Note an attempt. Returns the deaths: earlier attempts that never ended, on nodes that are still alive.
 
         Args:
             stage: decode or model.
             key: of the piece; nothing else may be tried under it at the same time.
             node: id of the node of the attempt.
+            worker: id of its process.
         """
         earlier = self._open.setdefault((stage, key), [])
         if earlier:
             alive = self._alive()
-            earlier[:] = [one for one in earlier if one in alive]
+            earlier[:] = [one for one in earlier if one[0] in alive]
         deaths = len(earlier)
-        earlier.append(node)
+        earlier.append((node, worker))
         return deaths
 
-    def end(self, stage: str, key: Hashable, node: str) -> None:
-        """One attempt on that node ended, well or with an error; the deaths of others stay on record."""
-        nodes = self._open.get((stage, key), [])
-        if node in nodes:
-            nodes.remove(node)
-        if not nodes:
+    def end(self, stage: str, key: Hashable, node: str, worker: str = "") -> None:
+        """One attempt there ended, well or with an error; the deaths of others stay on record."""
+        attempts = self._open.get((stage, key), [])
+        if (node, worker) in attempts:
+            attempts.remove((node, worker))
+        if not attempts:
             self._open.pop((stage, key), None)
 
-
-def nodes_alive() -> set[str]:
-    """Ids of the cluster's nodes that are alive."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    def ended_for_memory(self, stage: str, key: Hashable) -> int:
+        """How many of the attempts that never ended Ray ended itself, for the memory of their machine."""
+        return ended_for_memory(worker for _, worker in self._open.get((stage, key), []) if worker)
 
 
 class Ledger(Attempts):
-    """Images done in each unit, reported from inside the units.
+    """Images done in each unit, reported from inside the units, and which units may be begun.
 
     Args:
         num_units: of the data set.
@@ -73,6 +76,7 @@ class Ledger(Attempts):
 
     def __init__(self, num_units: int) -> None:
         super().__init__()
+        self._desk: Desk | None = None
         self._finished = np.zeros(num_units, dtype=bool)
         self._finished_images = 0
         self._in_flight: dict[int, int] = {}
@@ -92,10 +96,21 @@ class Ledger(Attempts):
         """Images done."""
         return self._finished_images + sum(self._in_flight.values())
 
+    @ray.method(concurrency_group="claims")  # so that reports do not wait for the store
+    def open_desk(self, desk: Desk) -> None:
+        """From now on units are claimed here; until then any may be begun."""
+        self._desk = desk
+
+    @ray.method(concurrency_group="claims")
+    def claim(self, unit: int) -> bool:
+        """Whether this driver may run a unit, as `Desk.claim`."""
+        return self._desk is None or self._desk.claim(unit)
+
 
 def start_ledger(num_units: int) -> Any:
     """A ledger as an actor on the driver's own machine, so that it lives as long as the driver."""
-    return ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=on_this_machine()).remote(num_units)
+    remote = ray.remote(num_cpus=0, concurrency_groups={"claims": 1})(Ledger)
+    return remote.options(scheduling_strategy=on_this_machine()).remote(num_units)
 
 
 def on_this_machine() -> NodeAffinitySchedulingStrategy:
@@ -124,14 +139,15 @@ class ProgressLines:
         what: the job's name in the line.
         total: images of the data set.
         before: images that were done before.
-        ledger: the actor that knows.
+        ledger: the actor that knows of this run's.
         publish: is told images done and images/s with each line.
     """
 
     def __init__(
         self, what: str, total: int, before: int, ledger: Any, publish: Callable[[dict[str, float]], None] | None = None
     ) -> None:
-        self._what, self._total, self._before, self._ledger, self._publish = what, total, before, ledger, publish
+        self._what, self._total, self._ledger, self._publish = what, total, ledger, publish
+        self._elsewhere, self._note = before, ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._moved = time.monotonic()
@@ -147,6 +163,16 @@ class ProgressLines:
     def moved(self) -> None:
         """Something was done."""
         self._moved = time.monotonic()
+
+    def elsewhere(self, images: int) -> None:
+        """So many images were done by earlier runs and other drivers."""
+        if images > self._elsewhere:
+            self.moved()
+        self._elsewhere = images
+
+    def note(self, said: str) -> None:
+        """What the line ends with from now on, in place of a rate; empty for the rate."""
+        self._note = said
 
     def quiet_seconds(self) -> float:
         """How long nothing has been done."""
@@ -166,6 +192,10 @@ class ProgressLines:
             if done != last:
                 last = done
                 self.moved()
+            if self._note:
+                log.info(f"{progress_line(self._what, self._elsewhere + done, self._total, 0, 0.0)}, {self._note}")
+                first = None
+                continue
             if self.quiet_seconds() >= QUIET_SECONDS:
                 log.info("%s: nothing done for %s", self._what, duration(self.quiet_seconds()))
                 continue
@@ -173,9 +203,10 @@ class ProgressLines:
                 continue
             first = first or (now, done)
             recent, seconds = done - first[1], now - first[0]
-            log.info(progress_line(self._what, self._before + done, self._total, recent, seconds))
+            log.info(progress_line(self._what, self._elsewhere + done, self._total, recent, seconds))
             if self._publish is not None and seconds > 0:
-                self._publish({"images_done": float(self._before + done), "images_per_second_so_far": recent / seconds})
+                so_far = float(self._elsewhere + done)
+                self._publish({"images_done": so_far, "images_per_second_so_far": recent / seconds})
 
 
 def progress_line(what: str, done: int, total: int, recent: int, seconds: float) -> str:

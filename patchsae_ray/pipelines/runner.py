@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.planning import Plan
-from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished, run_key
+from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished
+from patchsae_ray.redaction import without_secrets
 from patchsae_ray.settings import ModelSettings, as_dict
-from patchsae_ray.tracking import Tracker, tracked
+from patchsae_ray.tracking import Tracker, tracked, upload_left
 from patchsae_ray.writing import check_writable, remove_empty, remove_tree
 
 log = logging.getLogger(__name__)
@@ -69,13 +70,14 @@ def run_once(
     done = finished(folders, settings.overwrite)
     if done and not anew:
         log.info("%s: done already, nothing to do; results in %s", done.job, done.uri)
+        upload_left(settings.root_dir, done.job, done.uri, done.key)
         return dict(done.record()["summary"])
     check_writable(settings.root_dir)
     plan = join(settings)
     folder = folders[plan.precision]
     folder.check(settings.overwrite)
-    with tracked(settings.root_dir, folder.job, as_dict(settings)) as tracker:
-        tracker.tags({**folder.identity, "run_key": run_key(folder.identity), "results": folder.uri})
+    with tracked(settings.root_dir, folder.job, as_dict(settings), folder.uri, folder.key) as tracker:
+        tracker.tags({**folder.identity, "run_key": folder.key, "results": folder.uri})
         try:
             made = work(Session(plan, tracker, folder))
         except UserError:
@@ -95,11 +97,11 @@ def run_once(
         }
         for name, data in made.files.items():
             folder.write(name, data)
-        folder.commit({**common, **made.record, **made.tags})
+        folder.commit(without_secrets({**common, **made.record, **made.tags}))
         _remove_spent(made)
         tracker.tags(made.tags)
         tracker.metrics(made.metrics, made.step)
-        tracker.files(folder.uri, [*folder.outputs, RUN_FILE])
+        tracker.files([*folder.outputs, RUN_FILE])
     return made.summary
 
 

@@ -10,7 +10,8 @@ import ray
 from patchsae_ray import storage
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.rankings import Ranking, parse_rankings
-from patchsae_ray.measure.steering import PARTIALS, SteeringSettings, SteeringTotals
+from patchsae_ray.measure.steering import SteeringSettings
+from patchsae_ray.measure.steering_totals import PARTIALS, SteeringTotals
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.counts import read_counts
 from patchsae_ray.pipelines.model import Inputs, read_inputs
@@ -135,7 +136,7 @@ def steer(settings: SteerSettings) -> dict[str, Any]:
             {**steering_metrics(summary), "wall_seconds": kept.wall_seconds(), "images_per_second": kept.images_per_second()},
             {"source": inputs.manifest.source, **kept.record()},
             tags=made_by,
-            spent=storage.join(uri, "bundles", bundle_key(session)),
+            spent=kept.bundles,
         )
 
     summary = run_once(settings, folders, work)

@@ -1,5 +1,6 @@
 """What a steering run writes: tables, summary, curve, and predictions on request."""
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import fields
@@ -8,20 +9,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from patchsae_ray import figures
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.intervals import LEVEL
 from patchsae_ray.measure.masking import MaskingCurve, halves_of, masked_settings, settings_of
+from patchsae_ray.measure.outcomes import NOT_MEASURED, Outcomes, tried
 from patchsae_ray.measure.rankings import RANKINGS, Ranking
-from patchsae_ray.measure.steering import Predictions, SteeringSettings, SteeringTotals, prediction_columns
+from patchsae_ray.measure.steering import SteeringSettings, prediction_columns
+from patchsae_ray.measure.steering_totals import Predictions, SteeringTotals
 from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet, parquet_bytes
 
 CURVE_FILE = "masking_curve.png"
 SUMMARY_FILE = "summary.json"
 HALVES_FILE = "metrics_halves.csv"
 PREDICTIONS_FILE = "predictions.parquet"
+OUTCOMES_FILE = "outcomes.parquet"
+"""Which images were right, for a comparison on the same images."""
+_ROW_GROUP = 2**20
 MAX_PREDICTION_BYTES = 4 * 2**30
 """Of all predictions, which the driver holds at the end."""
 
@@ -37,7 +44,8 @@ def metrics_file(index: int, ranking: Ranking) -> str:
 def output_names(steering: SteeringSettings) -> list[str]:
     """The files that the run will have written."""
     tables = [metrics_file(index, ranking) for index, ranking in enumerate(steering.rankings)]
-    return [*tables, HALVES_FILE, SUMMARY_FILE, CURVE_FILE, ERRORS_FILE, *([PREDICTIONS_FILE] if steering.predictions else [])]
+    more = [PREDICTIONS_FILE] if steering.predictions else []
+    return [*tables, HALVES_FILE, SUMMARY_FILE, CURVE_FILE, OUTCOMES_FILE, ERRORS_FILE, *more]
 
 
 def check_predictions_fit(num_images: int, rankings: Sequence[Ranking], ks: Sequence[int]) -> None:
@@ -144,6 +152,8 @@ def result_files(
     files[HALVES_FILE] = _halves_table(steering, totals).to_csv().encode()
     files[SUMMARY_FILE] = (json.dumps(summary, indent=1) + "\n").encode()
     files[CURVE_FILE] = figures.masking_curve(steering.ks, steering.rankings, curves, manifest.num_classes)
+    assert totals.outcomes is not None
+    files[OUTCOMES_FILE] = outcomes_parquet(totals.outcomes, manifest.num_images)
     files[ERRORS_FILE] = errors_parquet(bad)
     if steering.predictions:
         predictions = totals.predictions()
@@ -151,6 +161,22 @@ def result_files(
         assert predictions is not None
         files[PREDICTIONS_FILE] = predictions_parquet(predictions, columns, manifest)
     return files
+
+
+def outcomes_parquet(outcomes: Outcomes, num_images: int) -> bytes:
+    """A row an image of the data set by position: its class, and whether it was right under what `tried` names.
+
+    Empty where an image has no label or could not be read. Some bits an image, and its class where classes are not in runs.
+    """
+    names = tried(outcomes.tried > 2)
+    schema = pa.schema([("label", pa.int32()), *((name, pa.bool_()) for name in names)])
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        for labels, right in outcomes.blocks(num_images, _ROW_GROUP):
+            absent = labels == NOT_MEASURED
+            columns = [pa.array(values, mask=absent) for values in (labels, *right)]
+            writer.write_table(pa.table(columns, schema=schema))
+    return buffer.getvalue()
 
 
 def predictions_parquet(predictions: Predictions, columns: Sequence[str], manifest: Manifest) -> bytes:

@@ -18,6 +18,7 @@ from patchsae_ray.measure.image_errors import ImageError
 from patchsae_ray.measure.stages import peak_bytes
 from patchsae_ray.pipelines.bundles import Notes, pack
 from patchsae_ray.pipelines.decoding import Attempt, decoded_units
+from patchsae_ray.pipelines.devices import device_name
 from patchsae_ray.pipelines.planning import Plan
 from patchsae_ray.pipelines.progress import Reporter
 
@@ -58,7 +59,7 @@ class _Actor:
 
     def __init__(self, task: "ray.ObjectRef[UnitTask]", plan: Plan, ledger: Any) -> None:
         torch.set_num_threads(plan.threads)
-        self._worker = ray.get(task).start(plan.device)
+        self._worker, self._device = ray.get(task).start(plan.device), device_name(plan.device)
         self._ledger, self._reporter = ledger, Reporter(ledger)
 
     def __call__(self, row: dict[str, np.ndarray]) -> dict[str, list[bytes]]:
@@ -67,7 +68,7 @@ class _Actor:
         index = int(row["index"][0])
         header = json.loads(row["header"][0])
         unit = DecodedUnit(row["pixels"][0], row["positions"][0], row["labels"][0], header["bad"], header["seconds"], index)
-        notes = Notes([index], len(unit.positions), unit.bad, unit.seconds, failed=header["failed"])
+        notes = Notes([index], len(unit.positions), unit.bad, unit.seconds, failed=header["failed"], devices=[self._device])
         arrays: Arrays = {}
         if not notes.failed:
             with Attempt(self._ledger, "model", index, f"unit {index}") as failed:

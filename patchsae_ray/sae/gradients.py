@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, embedding_bag
+from torch.nn.functional import conv2d
 
 from patchsae_ray.sae.ghost import ghost_gradients
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.sae.objective import Objective, loss_terms
-from patchsae_ray.sae.ops import slices
+from patchsae_ray.sae.ops import slices, weighed_sums
 from patchsae_ray.sae.window import NUM_TOTALS, token_sums
 
 GRADIENTS = ("W_dec", "W_enc", "b_enc", "b_dec")
@@ -91,10 +91,10 @@ def sparse_pass(sae: SparseAutoencoder, batch: Batch, objective: Objective) -> P
         shape = (sae.d_sae, len(x))
         pattern = torch.sparse_csr_tensor(active.starts, active.token, active.value, shape, check_invariants=False)
         along = torch.sparse.sampled_addmm(pattern, sae.W_dec, g.t(), beta=0.0).values()
-        decoder = _weighed_sums(g, active.token, active.starts[:-1], active.value)
+        decoder = weighed_sums(g, active.token, active.starts[:-1], active.value)
         yield decoder.addcmul_(active.sums(active.value * along)[:, None], sae.W_dec, value=-1)
         d_pre = along.add_(objective.l1_coefficient / batch.num_tokens)
-        yield _weighed_sums(centred, active.token, active.starts[:-1], d_pre)
+        yield weighed_sums(centred, active.token, active.starts[:-1], d_pre)
         b_enc = active.sums(d_pre)
         with torch.autocast(x.device.type, enabled=False):
             yield from (b_enc, g.sum(dim=0) - sae.W_enc @ b_enc)
@@ -165,9 +165,4 @@ def decode(sae: SparseAutoencoder, active: Active, num_tokens: int) -> Tensor:
     """z W_dec + b_dec from the active latents alone: [m, d] float32."""
     order = torch.argsort(active.token, stable=True)
     starts = torch.searchsorted(active.token[order], torch.arange(num_tokens, device=order.device))
-    return _weighed_sums(sae.W_dec, active.latent[order], starts, active.value[order]) + sae.b_dec
-
-
-def _weighed_sums(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
-    """Of each bag, which starts where `starts` says, the weighed sum of rows of the table."""
-    return embedding_bag(rows, table.detach(), starts, mode="sum", per_sample_weights=weights)
+    return weighed_sums(sae.W_dec.detach(), active.latent[order], starts, active.value[order]) + sae.b_dec

@@ -16,6 +16,9 @@ from patchsae_ray.sae.model import SparseAutoencoder
 SLICE_BYTES = {"cpu": 16 * 2**20, "cuda": 2**30}
 """Upper bound of one slice of latents [n, t, slice] in float32: near a CPU's cache, and few waits on a GPU."""
 
+PIECE = 256
+"""Rows that are summed one after the other on a GPU, at most: 0.1 ms at the 0.4 µs that a row takes when it is walked alone."""
+
 HISTOGRAM_BINS = 32
 HISTOGRAM_LOWEST = -20
 """Bin b counts activations in [2^(b - 20), 2^(b - 19)); the first also what is smaller, the last what is larger."""
@@ -222,4 +225,34 @@ def _sum_rows(sae: SparseAutoencoder, active: ActiveLatents, cell: Tensor, num_c
     """Per cell the sum of value * W_dec[latent] over the active latents in it: [num_cells, d] float32."""
     order = torch.argsort(cell, stable=True)
     starts = torch.searchsorted(cell[order], torch.arange(num_cells, device=cell.device))
-    return embedding_bag(active.latent[order], sae.W_dec, starts, mode="sum", per_sample_weights=active.value[order])
+    return weighed_sums(sae.W_dec, active.latent[order], starts, active.value[order])
+
+
+def weighed_sums(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """Of each of b bags the weighed sum of its rows of a table, [b, d]; the same bit for bit each time.
+
+    Args:
+        table: [r, d].
+        rows: [a] int64, bag after bag.
+        starts: [b] int64, where each bag starts, ascending; equal ones are empty bags.
+        weights: [a].
+    """
+    if table.is_cuda:
+        return in_pieces(table, rows, starts, weights, PIECE)
+    return embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights)
+
+
+def in_pieces(table: Tensor, rows: Tensor, starts: Tensor, weights: Tensor, piece: int) -> Tensor:
+    """`weighed_sums`, bags cut into pieces of at most `piece` rows that are summed first.
+
+    On a GPU one thread walks a whole bag: a latent that is active on 25,000 tokens would hold up all the others. There are as
+    many pieces as there could be at most, the last of them empty, so that no number has to come from the GPU.
+    """
+    end = torch.full((1,), len(rows), device=starts.device)
+    pieces = (torch.diff(starts, append=end) + piece - 1).div(piece, rounding_mode="floor").clamp_min(1)
+    firsts = pieces.cumsum(dim=0) - pieces
+    number = torch.arange(len(starts) + len(rows) // piece, device=rows.device)
+    bag = torch.searchsorted(firsts, number, right=True) - 1
+    begins = (starts[bag] + (number - firsts[bag]) * piece).clamp_max(len(rows))
+    sums = embedding_bag(rows, table, begins, mode="sum", per_sample_weights=weights)
+    return embedding_bag(number, sums, firsts, mode="sum")

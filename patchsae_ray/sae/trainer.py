@@ -10,26 +10,24 @@ from torch import Tensor, nn
 
 from patchsae_ray.sae.collective import Alone, Collective
 from patchsae_ray.sae.gradients import GRADIENTS, Batch, Pass, dense_pass, empty_pass, sparse_pass
+from patchsae_ray.sae.memory import latent_bytes, part_bytes
 from patchsae_ray.sae.model import SparseAutoencoder, normalise_decoder
 from patchsae_ray.sae.objective import Objective
+from patchsae_ray.sae.ops import SLICE_BYTES
 from patchsae_ray.sae.schedules import Schedule
 from patchsae_ray.sae.window import NUM_TOTALS, TrainingWindow, TrainingWindowResult
 
 Path = Literal["auto", "dense", "sparse"]
 """How gradients are computed; auto goes by the share of active latents in the step before."""
 
-SPARSE_BELOW = {"cpu": 0.15, "cuda": 0.005}
-"""Share of active latents below which the sparse path is taken.
+SPARSE_BELOW = {"cpu": {"fp32": 0.15, "bf16": 0.15}, "cuda": {"fp32": 0.014, "bf16": 0.002}}
+"""Share of active latents below which the sparse path is taken, by device and the precision of the products.
 
-CPU: measured on two cores of an EPYC 9005, 768 → 49,152 latents, 1,576 tokens; a sparse step took 0.13 of a dense step's time
-at a share of 0.01, 0.18 at 0.03, 0.49 at 0.12, and as long at 0.2. CUDA: not measured, but reckoned from an H100's rates: an
-active latent costs four rows of d float32 (5 ns at 2.5 TB/s), and the dense products that it saves 0.07 ns a latent in fp32
-and 0.01 in bf16, so that the two would meet at 0.014 and 0.002.
+CPU: measured on two cores of an EPYC 9005, 768 → 49,152 latents, 1,576 tokens, fp32; a sparse step took 0.13 of a dense step's
+time at a share of 0.01, 0.18 at 0.03, 0.49 at 0.12, and as long at 0.2. CUDA: not measured, but reckoned from an H100's
+rates: an active latent costs four rows of d float32 (5 ns at 2.5 TB/s), and the dense products that it saves 0.07 ns a latent
+in fp32 and 0.01 in bf16, so that the two meet at 0.014 and 0.002. `make gpu` measures where they meet.
 """
-
-PART_BYTES = {"cpu": 2**30, "cuda": 2**33}
-"""Of the latents of the tokens computed together, at most: all of them on the dense path, the active ones on the sparse."""
-_BYTES_A_LATENT, _BYTES_A_PAIR = 4, 20
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Trainer:
     dead_feature_window: int = 64
     """A latent is dead after firing on no token for more than this many batches."""
     accumulate: int = 1
-    """Parts, at least, in which a worker computes its share of a step; more where PART_BYTES wants them."""
+    """Parts, at least, in which a worker computes its share of a step; more where memory wants them."""
     collective: Collective = field(default_factory=Alone)
     path: Path = "auto"
     step_index: int = field(init=False, default=0)
@@ -91,6 +89,9 @@ class Trainer:
                 "exp_avg": torch.zeros_like(weight),
                 "exp_avg_sq": torch.zeros_like(weight),
             }
+
+        device, weight_bytes = sae.W_enc.device, sum(4 * weight.numel() for weight in self._learned.values())
+        self._part_bytes = part_bytes(device, weight_bytes, SLICE_BYTES[device.type])
 
     @property
     def dead(self) -> Tensor:
@@ -132,12 +133,12 @@ class Trainer:
         return metrics
 
     def _sparse(self, device: str) -> bool:
-        return self.path == "sparse" or (self.path == "auto" and self.density < SPARSE_BELOW[device])
+        precision = "bf16" if torch.is_autocast_enabled(device) else "fp32"
+        return self.path == "sparse" or (self.path == "auto" and self.density < SPARSE_BELOW[device][precision])
 
     def _parts(self, x: Tensor, cls: Tensor | None, total: int, dead: Tensor | None) -> list[Batch]:
-        device = x.device.type
-        a_latent = self.density * _BYTES_A_PAIR if self._sparse(device) else _BYTES_A_LATENT
-        count = max(self.accumulate, math.ceil(len(x) * self.sae.d_sae * a_latent / PART_BYTES[device]))
+        a_latent = latent_bytes(self.density, self._sparse(x.device.type))
+        count = max(self.accumulate, math.ceil(len(x) * self.sae.d_sae * a_latent / self._part_bytes))
         parts = x.chunk(count)
         masks = cls.chunk(count) if cls is not None else [None] * len(parts)
         return [Batch(part, mask, total, dead) for part, mask in zip(parts, masks, strict=True)]

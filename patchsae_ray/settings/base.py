@@ -6,6 +6,7 @@ from typing import Any
 
 from patchsae_ray.errors import UserError
 from patchsae_ray.names import VIT_TYPES, Device, Precision, expanded
+from patchsae_ray.redaction import without_secrets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,5 +185,5 @@ class SaeSettings(PassSettings):
 
 
 def as_dict(settings: FolderSettings) -> dict[str, Any]:
-    """The settings as plain values, for run.json and MLflow."""
-    return asdict(settings)
+    """The settings as plain values, for run.json, MLflow and checkpoints: secrets of URIs are hidden."""
+    return {name: without_secrets(value) for name, value in asdict(settings).items()}

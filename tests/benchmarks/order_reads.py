@@ -83,7 +83,9 @@ def write_tars(root: Path) -> None:
 
 def write_parquet(root: Path) -> None:
     images = [{"bytes": picture(number), "path": None} for number in range(GROUPED_IMAGES)]
-    pq.write_table(pa.table({"image": images}), root / "train-00000-of-00001.parquet", row_group_size=ARCHIVE)
+    pq.write_table(
+        pa.table({"image": images}), root / "train-00000-of-00001.parquet", row_group_size=ARCHIVE, compression="NONE"
+    )
 
 
 def write_cache(root: Path) -> ActivationCache:

@@ -44,7 +44,12 @@ def make_torn_folder(root: Path, count: int, torn: int) -> None:
 
 
 def parquet_bytes(
-    numbers: list[int], labels: list[object] | None, row_group_size: int = 7, names: bool = True, bad: tuple[int, ...] = ()
+    numbers: list[int],
+    labels: list[object] | None,
+    row_group_size: int = 7,
+    names: bool = True,
+    bad: tuple[int, ...] = (),
+    **options: object,
 ) -> bytes:
     """Hugging Face's layout: image struct {bytes, path}, integer labels whose names are in the schema's metadata."""
     contents = [b"letter" if number in bad else picture(number) for number in numbers]
@@ -57,7 +62,7 @@ def parquet_bytes(
         features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": CLASSES}}
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=row_group_size)
+    pq.write_table(table, buffer, row_group_size=row_group_size, **options)
     return buffer.getvalue()
 
 

@@ -1,6 +1,7 @@
 """A folder of everything that turns up in real ones: each file is read right, or recorded with its reason."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -44,5 +45,61 @@ def test_each_is_read_or_recorded(tmp_path: Path) -> None:
     assert set(reasons) == {"bomb.png", "empty.jpg", "letter.png", "truncated.png"}
     assert reasons["bomb.png"].startswith("too many pixels")
     assert reasons["empty.jpg"] == "empty file"
-    assert reasons["letter.png"].startswith("not an image of a known format")
+    assert reasons["letter.png"].startswith("not an image of a known format (BMP, ")
     assert len(reasons["truncated.png"]) > 5
+
+
+def test_links_to_folders_are_classes_wherever_they_are(tmp_path: Path) -> None:
+    for name in ("elsewhere/bee/2.png", "data/train/ant/1.png", "data/test/ant/9.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(int(name[-5])))
+    (tmp_path / "data" / "train" / "bee").symlink_to(tmp_path / "elsewhere" / "bee")
+    for manifest in (build_manifest(str(tmp_path / "data"), "train"), build_manifest(str(tmp_path / "data" / "train"))):
+        assert manifest.classnames == ("ant", "bee")
+        assert decode_unit(manifest.units[0], manifest.reading, 8).labels.tolist() == [0, 1]
+    assert build_manifest(str(tmp_path / "data")).num_images == 3
+
+
+def test_a_link_back_is_not_followed(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for name in ("ant", "bee"):
+        (root / name).mkdir(parents=True)
+        (root / name / "1.png").write_bytes(picture(1))
+    (root / "loop").symlink_to(root)
+    (root / "bee" / "up").symlink_to(root)
+    (root / "bee" / "nowhere.png").symlink_to(root / "gone.png")
+    manifest = build_manifest(str(root))
+    assert manifest.classnames == ("ant", "bee")
+    unit = decode_unit(manifest.units[0], manifest.reading, 8)
+    assert unit.positions.tolist() == [0, 1]
+    assert [path for _, path, _ in unit.bad] == ["bee/nowhere.png"]
+    assert unit.bad[0][2].startswith("no such file")
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / os.fsdecode(b"caf\xe9")
+    folder.mkdir(parents=True)
+    (folder / "1.png").write_bytes(picture(1))
+    (folder / os.fsdecode(b"\xff.png")).write_bytes(b"letter")
+    manifest = build_manifest(str(tmp_path / "images"))
+    assert manifest.classnames == ("caf\\xe9",)
+    unit = decode_unit(manifest.units[0], manifest.reading, 8)
+    assert unit.positions.tolist() == [0]
+    assert [path for _, path, _ in unit.bad] == ["caf\\xe9/\\xff.png"]
+    "".join([*manifest.classnames, unit.bad[0][2], manifest.paths(manifest.units[0])[1]]).encode()
+
+
+def test_pipes_are_no_images(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(picture(1))
+    os.mkfifo(tmp_path / "2.png")
+    assert build_manifest(str(tmp_path)).num_images == 1
+
+
+def test_files_beside_folders_are_in_their_place(tmp_path: Path) -> None:
+    names = ["all/a-b/x.png", "all/a.png", "all/a/1.png", "all/b.png", "all/b/2.png"]
+    for index, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(index))
+    manifest = build_manifest(str(tmp_path))
+    assert manifest.paths(manifest.units[0]) == names
+    assert manifest.classnames == ("all",)

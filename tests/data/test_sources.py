@@ -251,7 +251,7 @@ def test_bad_images_keep_their_positions(root: str) -> None:
         (5, "cat/00005.png"),
     ]
     assert unit.bad[1][2] == "empty file"
-    assert unit.bad[2][2].startswith("not an image of a known format")
+    assert unit.bad[2][2].startswith("not an image of a known format (BMP, ")
 
 
 def test_a_source_that_changed_is_said(tmp_path: Path) -> None:

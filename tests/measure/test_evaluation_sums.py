@@ -49,7 +49,9 @@ def test_any_split_and_order_of_merging_gives_the_same(seed: int, n: int, cuts: 
     assert repr(merged.tokens.result(["cls", "patch"])) == repr(plain.tokens.result(["cls", "patch"])), (
         "one token has no variance: NaN"
     )
-    assert merged.zero_shot.result(conditions) == plain.zero_shot.result(conditions)
+    assert repr(merged.zero_shot.result(conditions)) == repr(plain.zero_shot.result(conditions)), (
+        "one image has no interval: NaN"
+    )
     assert merged.tokens.images.tolist() == [n]
 
 
@@ -104,3 +106,65 @@ def test_tokens_of_zeros_and_identical_ones() -> None:
     assert found["same"].mse == pytest.approx(2 / 5 / 2)
     assert found["zeros"].mse == pytest.approx(found["same"].mse / 2)
     assert found["zeros"].explained_variance_legacy == pytest.approx((1 - 2 / 25) / 2), "a token of zeros adds nothing"
+
+
+def scored(seed: int, n: int, classes: int, quality: float) -> ZeroShotMetrics:
+    """Images of classes in turn, under conditions whose scores know more or less of the class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    noise = torch.randn(n, classes, generator=generator) + 0.5 * torch.randn(4, n, classes, generator=generator)
+    known = torch.nn.functional.one_hot(labels, classes) * torch.tensor([quality, 0.8 * quality, 0.0, 0.2])[:, None, None]
+    made = ZeroShotMetrics(4, classes)
+    for rows in (slice(0, n // 3), slice(n // 3, n)):
+        made.update((noise + known)[:, rows], labels[rows])
+    return made
+
+
+CONDITIONS = conditions_of(["cls"])
+
+
+def test_intervals_are_those_of_drawing_images_again() -> None:
+    n, classes = 2000, 5
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % classes
+    known = torch.nn.functional.one_hot(labels, classes) * torch.tensor([2.0, 1.6, 0.0, 0.2])[:, None, None]
+    scores = known + torch.randn(n, classes, generator=generator) + 0.5 * torch.randn(4, n, classes, generator=generator)
+    metrics = ZeroShotMetrics(4, classes)
+    metrics.update(scores, labels)
+    found = metrics.result(CONDITIONS)
+    assert found is not None
+    losses = torch.nn.functional.cross_entropy(scores.flatten(0, 1).double(), labels.repeat(4), reduction="none").view(4, n)
+    right, drawn = (scores.argmax(dim=2) == labels).double(), []
+    for _ in range(2000):
+        rows = torch.randint(0, n, (n,), generator=generator)
+        loss = losses[:, rows].mean(dim=1)
+        drawn.append([*right[:, rows].mean(dim=1), *loss, (loss[2] - loss[1]) / (loss[2] - loss[0])])
+    low, high = torch.tensor(drawn).double().quantile(torch.tensor([0.025, 0.975]).double(), dim=0)
+    names = [condition.name for condition in CONDITIONS]
+    wanted = dict(zip([*(("top1", name) for name in names), *(("contrastive_loss", name) for name in names)],
+                      zip(low.tolist(), high.tolist(), strict=True), strict=False))  # fmt: skip
+    for (metric, name), bounds in wanted.items():
+        assert found.intervals[metric][name] == pytest.approx(bounds, abs=0.004), (metric, name)
+    assert found.intervals["loss_recovered"]["zero_ablation"] == pytest.approx((low[-1].item(), high[-1].item()), abs=0.004)
+
+
+def test_intervals_hold() -> None:
+    """By how often they hold the value that very many images have."""
+    truth = scored(1, 60_000, 5, 2.0).result(CONDITIONS)
+    assert truth is not None
+    hits = dict.fromkeys(["top1", "top1_mean_over_classes", "contrastive_loss", "loss_recovered"], 0)
+    for seed in range(300):
+        found = scored(100 + seed, 60, 5, 2.0).result(CONDITIONS)
+        assert found is not None
+        for metric in hits:
+            name = "mean_ablation" if metric == "loss_recovered" else "reconstruction"
+            value = truth.loss_recovered(name) if metric == "loss_recovered" else getattr(truth, metric)[name]
+            low, high = found.intervals[metric][name]
+            hits[metric] += low <= value <= high
+    assert all(0.91 <= count / 300 <= 0.99 for count in hits.values()), hits
+
+
+def test_one_image_has_no_interval() -> None:
+    found = scored(0, 1, 3, 2.0).result(CONDITIONS)
+    assert found is not None
+    assert all(math.isnan(bound) for of_metric in found.intervals.values() for pair in of_metric.values() for bound in pair)

@@ -20,11 +20,11 @@ from patchsae_ray.measure.rankings import Ranker, Ranking
 from patchsae_ray.measure.steering import (
     Steerer,
     SteeringSettings,
-    SteeringTotals,
     beside_the_sum,
     masked_residuals,
     prediction_columns,
 )
+from patchsae_ray.measure.steering_totals import SteeringTotals
 from patchsae_ray.names import ErrorTerm, Tokens
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.sae.ops import active_latents

@@ -14,9 +14,10 @@ from tests.conftest import ROOT, RayHead
 def start(
     ray_head: RayHead, ready_mlflow: Path, folder: Path, root: str, *flags: str, job: str = "extract"
 ) -> "subprocess.Popen[str]":
-    """A job that goes on in the background, its output in files."""
+    """A job that goes on in the background, its output and its MLflow store in files of a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ready_mlflow, folder / "mlflow.db")
+    if not (folder / "mlflow.db").exists():
+        shutil.copy(ready_mlflow, folder / "mlflow.db")
     environment = {
         **ray_head.environment, "RAY_ADDRESS": ray_head.address, "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
     }  # fmt: skip

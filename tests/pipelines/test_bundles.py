@@ -8,7 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchsae_ray.errors import UserError
-from patchsae_ray.pipelines.bundles import Bundle, BundleFolder, Notes, bundle_name, bundle_units, choose, uncovered
+from patchsae_ray.measure.arrays import from_bytes, to_bytes
+from patchsae_ray.pipelines.bundles import (
+    Bundle,
+    BundleFolder,
+    Notes,
+    bundle_name,
+    bundle_units,
+    choose,
+    pack,
+    uncovered,
+    unpack,
+)
+from patchsae_ray.pipelines.devices import device_name, warn_of_several
+from patchsae_ray.pipelines.passes import Pass
 
 
 @given(units=st.sets(st.integers(0, 10**7), min_size=1, max_size=32))
@@ -66,3 +79,27 @@ def test_damaged_and_foreign_bundles(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not hold the units of its name"):
         folder.read(Bundle(bundle_name({3}), (3,)))
     assert BundleFolder(str(tmp_path), 2).list() == [bundle], "a unit that the data set does not have"
+
+
+def test_devices_are_on_record_and_named_where_they_differ(caplog: pytest.LogCaptureFixture) -> None:
+    kept = Pass(0.0, 3)
+    for unit, device in enumerate(["NVIDIA H100", "NVIDIA A100", "NVIDIA H100"]):
+        arrays, notes = unpack(pack({}, Notes([unit], 1, devices=[device])))
+        assert (arrays, notes.devices) == ({}, [device])
+        kept.notes.add(notes)
+        if unit == 0:
+            warn_of_several("extract", kept.notes.devices)
+    assert not caplog.messages
+    assert kept.record()["devices"] == ["NVIDIA A100", "NVIDIA H100"]
+    warn_of_several("extract", kept.notes.devices)
+    (said,) = caplog.messages
+    assert said.startswith("extract: computed on several kinds of device (NVIDIA A100; NVIDIA H100); another run may differ")
+    assert len(device_name("cpu")) > 5
+
+
+def test_a_bundle_of_before_devices_were_on_record_is_read() -> None:
+    said = np.frombuffer(
+        b'{"units": [0], "images": 1, "bad": [], "seconds": {}, "peak_bytes": 0, "failed": ""}', dtype=np.uint8
+    )
+    _, notes = unpack(to_bytes({**from_bytes(to_bytes({"x": np.ones(1)})), "notes": said}))
+    assert notes.devices == []

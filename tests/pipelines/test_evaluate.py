@@ -24,7 +24,7 @@ from patchsae_ray.measure.evaluation import EvaluationTotals
 from patchsae_ray.measure.evaluator import Evaluator, MeanTotals, ResidualSummer, ZeroShotHead
 from patchsae_ray.measure.recovered import conditions_of
 from patchsae_ray.pipelines import evaluate as job
-from patchsae_ray.pipelines.evaluate_outputs import evaluation_metrics, objective_of, rows_of, summarise
+from patchsae_ray.pipelines.evaluate_outputs import evaluation_metrics, log_summary, objective_of, rows_of, summarise
 from patchsae_ray.pipelines.evaluate_worker import narrowed
 from patchsae_ray.pipelines.extract import sample_positions
 from patchsae_ray.sae.checkpoint import read_checkpoint
@@ -64,6 +64,10 @@ def close(found: Any, wanted: Any, where: str = "") -> None:
         assert set(found) >= set(wanted), where
         for key, value in wanted.items():
             close(found[key], value, f"{where}/{key}")
+    elif isinstance(wanted, list):
+        assert len(found) == len(wanted), where
+        for one, value in zip(found, wanted, strict=True):
+            close(one, value, where)
     else:
         assert found == (pytest.approx(wanted, rel=1e-5, abs=1e-7) if isinstance(wanted, float) else wanted), where
 
@@ -106,6 +110,9 @@ def test_the_table_the_run_file_and_mlflow_agree(evaluated: Path, folder: Path) 
     assert rows[("contrastive_loss_reconstruction", "cls")] == found["classification"]["reconstruction_cls"]["contrastive_loss"]
     assert rows[("loss_recovered_mean_ablation", "all")] == found["classification"]["loss_recovered"]["mean_ablation"]
     assert len(rows) == len(table) == 1 + 3 * 8 + 3 + 1 + 6 * 3 + 2
+    (row,) = [row for row in table.itertuples() if row.metric == "top1_no_sae"]
+    assert [float(row.low), float(row.high)] == found["classification"]["intervals"]["top1"]["no_sae"]
+    assert 0 <= float(row.low) < float(row.value) < float(row.high) <= 1
     state = json.loads((folder / "run.json").read_text())
     assert set(state["files"]) == {"evaluation.json", "evaluation.csv", "latent_density.png", "errors.parquet"}
     assert {path.name for path in folder.iterdir()} == {*state["files"], "run.json"}, "no bundles are left"
@@ -142,6 +149,27 @@ def test_again_is_done_and_another_run_is_refused(
     assert "tokens all there, cls here" in error
     assert in_process(capsys, [*flags, "--eval_images", "30"])[0] == 2
     assert {path: path.read_bytes() for path in folder.iterdir()} == listing
+
+
+def test_the_last_lines_have_the_intervals_where_a_run_has_them(caplog: pytest.LogCaptureFixture) -> None:
+    scores = {"top1": 0.5, "contrastive_loss": 1.0}
+    classification = {
+        "no_sae": scores,
+        "reconstruction": scores,
+        "loss_recovered": dict.fromkeys(["zero_ablation", "mean_ablation"]),
+    }
+    sparsity = {"all": {"l0": 1.0, "dead_share": 0.0, "dense_share": 0.0}}
+    summary: dict[str, Any] = {
+        "images": 3, "latents": 4, "reconstruction": {"all": {"explained_variance": None}}, "sparsity": sparsity,
+        "classification": classification,
+    }  # fmt: skip
+    intervals = {"top1": {"no_sae": [0.25, 0.75], "reconstruction": [None, None]}}
+    with caplog.at_level("INFO"):
+        log_summary(summary, "here")
+        log_summary({**summary, "classification": {**classification, "intervals": intervals}}, "here")
+    lines = [line for line in caplog.messages if "top-1" in line]
+    assert "top-1 50.00 % without the SAE, 50.00 % with" in lines[0], "a run that was finished before there were any"
+    assert "top-1 50.00 % (25.00 to 75.00) without the SAE, 50.00 % with" in lines[1]
 
 
 @pytest.mark.ray

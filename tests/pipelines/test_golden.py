@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from patchsae_ray.pipelines.devices import device_name
 from tests.conftest import GOLDEN, JobRunner, golden_flags
 
 pytestmark = pytest.mark.ray
@@ -73,6 +74,7 @@ def test_run_file_says_what_was_run(features: Path) -> None:
     record = state["runs"]["extract"]
     assert record["identity"]["threshold"] == "0.2"
     assert record["num_images"] == 69
+    assert record["devices"] == [device_name("cpu")]
     assert {"read", "decode", "copy", "to_hook", "encode", "reduce", "combine", "commit", "merge"} <= set(record["seconds"])
     assert record["summary"]["dead_latents"] == 65
     assert set(state["files"]) == {path.name for path in features.iterdir()} - {"run.json"}

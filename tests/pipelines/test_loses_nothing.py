@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from patchsae_ray.pipelines.passes import UnitPass
 from patchsae_ray.pipelines.results import ResultFolder
 from patchsae_ray.pipelines.runner import Session
 from tests.benchmarks.pipeline import NoTracker, Totals
-from tests.conftest import ROOT, JobRunner, RayHead, S3Server, golden_model_flags
+from tests.conftest import ROOT, JobRunner, RayHead, S3Server, golden_flags, golden_model_flags
 from tests.data.makers import parquet_bytes, write
 from tests.pipelines.commands import start, wait_for
 
@@ -45,7 +46,7 @@ EXTRA = ["--figure_latents", "0", "--quality_images", "100", "--commit_seconds",
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.parquet"
     labels = [number * 3 // IMAGES for number in range(IMAGES)]
-    path.write_bytes(parquet_bytes(list(range(IMAGES)), list(labels), row_group_size=300))
+    path.write_bytes(parquet_bytes(list(range(IMAGES)), list(labels), row_group_size=UNIT_SIZE))
     return path
 
 
@@ -139,6 +140,29 @@ def test_two_drivers_at_once_make_one_result(
     for index, job in enumerate(jobs):
         assert job.wait(300) == 0, (tmp_path / str(index) / "err").read_text()
     assert results(root) == undisturbed
+    images = [images_done((tmp_path / str(index) / "out").read_text()) for index in (0, 1)]
+    assert IMAGES <= sum(images) <= 1.15 * IMAGES, "they share the units"
+
+
+def test_of_two_different_runs_at_once_one_is_refused_and_says_whose_the_folder_is(
+    ray_head: RayHead, ready_mlflow: Path, tmp_path: Path
+) -> None:
+    root, values = str(tmp_path / "root"), ["0.2", "0.3"]
+    flags = [*golden_flags(), "--quality_images", "0", "--figure_latents", "0", "--threshold"]
+    jobs = [start(ray_head, ready_mlflow, tmp_path / value, root, *flags, value) for value in values]
+    codes = [job.wait(300) for job in jobs]
+    errors = [(tmp_path / value / "err").read_text() for value in values]
+    assert sorted(codes) == [0, 2], errors
+    won, lost = codes.index(0), codes.index(2)
+    assert f"is another run's (threshold {values[won]} there, {values[lost]} here)" in errors[lost]
+    state = json.loads((tmp_path / "root/out/feature_data/base/golden/run.json").read_text())
+    assert state["runs"]["extract"]["identity"]["threshold"] == values[won]
+
+
+def images_done(out: str) -> int:
+    """Images that a driver has run itself, as it says at the end of its pass."""
+    found = re.search(r"extract: ([\d,]+) images in [\d,]+ units were done by this driver", out)
+    return int(found[1].replace(",", "")) if found else 0
 
 
 def test_on_s3_with_the_server_killed_in_mid_run(

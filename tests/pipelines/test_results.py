@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from patchsae_ray import faults, storage
+from patchsae_ray import storage
 from patchsae_ray.errors import StoreError, UserError
 from patchsae_ray.pipelines.results import ResultFolder, finished, read_run_file, record_of_file, run_key
 
@@ -185,7 +185,7 @@ def test_a_run_is_looked_up_patiently_once_it_is_under_way(tmp_path: Path, monke
         return read(uri)
 
     monkeypatch.setattr(storage, "read_bytes", sometimes)
-    monkeypatch.setattr(faults.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert one.done_meanwhile()
     failures += [StoreError("the store is away")]
     one.check(overwrite=False)

@@ -1,9 +1,13 @@
 """Each fast operation against its plain definition."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from patchsae_ray.sae import ops
 from patchsae_ray.sae.model import SparseAutoencoder, geometric_median, initialise, normalise_decoder
@@ -156,3 +160,36 @@ def test_sums_by_cell_equal_the_definition_bit_for_bit() -> None:
     wanted = [sum(value[cell == one].tolist(), 0.0) for one in range(45)]
     assert sums_by_cell(cell, value, 45).tolist() == wanted
     assert sums_by_cell(cell[:0], value[:0], 3).tolist() == [0, 0, 0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([0, 0, 1, 2, 3, 7, 40]), min_size=1, max_size=12),
+    piece=st.integers(1, 9),
+    seed=st.integers(0, 1000),
+)
+def test_sums_in_pieces_equal_whole_bags(sizes: list[int], piece: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    table, count = torch.randn(11, 5, generator=generator), sum(sizes)
+    rows, weights = torch.randint(11, (count,), generator=generator), torch.rand(count, generator=generator)
+    starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+    bag = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    expected = torch.zeros(len(sizes), 5).index_add_(0, bag, table[rows] * weights[:, None])
+    found = ops.in_pieces(table, rows, starts, weights, piece)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.equal(found, ops.in_pieces(table, rows, starts, weights, piece))
+    assert torch.allclose(ops.weighed_sums(table, rows, starts, weights), expected, atol=1e-5)
+
+
+def test_no_bag_is_walked_past_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    longest: list[int] = []
+
+    def watched(rows: Tensor, table: Tensor, starts: Tensor, **arguments: Any) -> Tensor:
+        longest.append(int(torch.diff(starts, append=torch.tensor([len(rows)])).max()))
+        return embedding_bag(rows, table, starts, **arguments)
+
+    monkeypatch.setattr(ops, "embedding_bag", watched)
+    rows = torch.arange(25_000) % 7
+    ops.in_pieces(torch.randn(7, 4), rows, torch.tensor([0, 3, 24_900]), torch.ones(25_000), ops.PIECE)
+    assert longest[0] <= ops.PIECE
+    assert longest[1] <= 1 + 25_000 // ops.PIECE

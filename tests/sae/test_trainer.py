@@ -99,11 +99,22 @@ def test_path_follows_the_density_of_the_step_before(monkeypatch: pytest.MonkeyP
     run(trainer, range(1))
     density = trainer.density
     assert density == pytest.approx(float(trainer.firing_counts.sum()) / (50 * 80))
-    monkeypatch.setitem(module.SPARSE_BELOW, "cpu", density * 1.01)
+    monkeypatch.setitem(module.SPARSE_BELOW["cpu"], "fp32", density * 1.01)
     run(trainer, range(1, 2))
-    monkeypatch.setitem(module.SPARSE_BELOW, "cpu", 0.0)
+    monkeypatch.setitem(module.SPARSE_BELOW["cpu"], "fp32", 0.0)
     run(trainer, range(2, 3))
     assert taken == ["dense_pass", "sparse_pass", "dense_pass"]
+
+
+@pytest.mark.parametrize(("precision", "sparse"), [("fp32", True), ("bf16", False)])
+def test_on_a_gpu_the_choice_depends_on_the_precision(precision: str, sparse: bool) -> None:
+    trainer = make_trainer()
+    trainer.density = 0.005  # between the two bounds: the dense products of bf16 are the faster ones
+    torch.set_autocast_enabled("cuda", precision == "bf16")
+    try:
+        assert trainer._sparse("cuda") is sparse
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])
@@ -144,7 +155,7 @@ def test_a_batch_too_large_for_memory_goes_in_parts(path: Path, monkeypatch: pyt
     sizes: list[int] = []
     step = parts._run
     monkeypatch.setattr(parts, "_run", lambda batch, seen: (sizes.append(len(batch.x)), step(batch, seen))[1])
-    monkeypatch.setattr(module, "PART_BYTES", {"cpu": 2400})
+    monkeypatch.setattr(parts, "_part_bytes", 8400)
     run(parts, range(1, 2))
     assert len(sizes) > 3
     for name, weight in whole.sae.named_parameters():
