@@ -170,7 +170,7 @@ _PLAIN_FIELDS = [field.name for field in fields(Manifest) if field.name not in {
 
 
 def _index_bytes(manifest: Manifest) -> bytes:
-    """Where the units begin, as a column, and all else of a manifest in the schema's metadata."""
+    """Where the units and the row groups begin, as batches of a column, and all else of a manifest in the schema's metadata."""
     said: dict[str, Any] = {name: getattr(manifest, name) for name in _PLAIN_FIELDS}
     said["reading"] = asdict(manifest.reading)
     said["parts"] = [[posixpath.basename(part.uri), part.count] for part in manifest.units.parts]
@@ -178,7 +178,8 @@ def _index_bytes(manifest: Manifest) -> bytes:
     schema = pa.schema([("edge", pa.int64())]).with_metadata({"manifest": json.dumps(said)})
     buffer = io.BytesIO()
     with pa.ipc.new_file(buffer, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-        writer.write_batch(pa.record_batch([pa.array(manifest.units.edges(), pa.int64())], schema=schema))
+        for edges in (manifest.units.edges(), manifest.units.group_edges()):
+            writer.write_batch(pa.record_batch([pa.array(edges, pa.int64())], schema=schema))
     return buffer.getvalue()
 
 
@@ -191,7 +192,7 @@ def _load(uri: str) -> Manifest:
     try:
         reader = pa.ipc.open_file(pa.BufferReader(data))
         said = json.loads(reader.schema.metadata[b"manifest"])
-        edges = reader.get_batch(0).column("edge").to_numpy()
+        edges, groups = (reader.get_batch(number).column("edge").to_numpy() for number in (0, 1))
     except (pa.ArrowInvalid, OSError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{uri} is not a whole manifest; --relist would make it again") from error
     folder = _parts_folder(posixpath.dirname(uri))
@@ -200,4 +201,5 @@ def _load(uri: str) -> Manifest:
         key: tuple(value) if isinstance(value, list) else value for key, value in said["reading"].items()
     }
     plain: dict[str, Any] = {name: tuple(said[name]) if isinstance(said[name], list) else said[name] for name in _PLAIN_FIELDS}
-    return Manifest(units=UnitTable(parts, edges, storage.join(folder, said["labels"])), reading=Reading(**reading), **plain)
+    units = UnitTable(parts, edges, storage.join(folder, said["labels"]), groups)
+    return Manifest(units=units, reading=Reading(**reading), **plain)
