@@ -94,7 +94,7 @@ def read_classnames(source: str) -> tuple[str, ...]:
         from open_clip import IMAGENET_CLASSNAMES  # here, so that `--help` of training stays quick
 
         return tuple(IMAGENET_CLASSNAMES)
-    text = storage.read_text(source)
+    text = storage.read_text(storage.absolute(source))
     names: Any = [line.strip() for line in text.splitlines() if line.strip()]
     if source.endswith(".json"):
         try:
