@@ -28,6 +28,7 @@ from patchsae_ray.data.manifest import Keeping, Manifest, Reading
 from patchsae_ray.data.sources import Listing, Source, list_source, manifest_of
 from patchsae_ray.data.tables import Part, UnitTable
 from patchsae_ray.errors import NotFound, UserError
+from patchsae_ray.redaction import without_secrets
 from patchsae_ray.writing import write_bytes
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def _made(source: Source, folder: str, note_name: str, runner: TaskRunner | None
     content = None
     if sign is not None:
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        content = {"format": FORMAT, "source": asdict(source), "created": created, "sign": asdict(sign)}
+        content = {"format": FORMAT, "source": without_secrets(asdict(source)), "created": created, "sign": asdict(sign)}
     return replace(manifest, keeping=Keeping(folder, note_name, content))
 
 
