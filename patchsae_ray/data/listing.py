@@ -21,6 +21,9 @@ _LISTED = pa.schema([("path", pa.large_binary()), ("size", pa.int64())])
 """Path under the root; bytes."""
 
 
+NOTHING = _LISTED.empty_table()
+
+
 @dataclass
 class Listed:
     """The files of a folder, hidden ones apart."""
@@ -57,7 +60,7 @@ class _Collecting:
         self._paths: list[bytes] = []
         self._sizes: list[int] = []
         self._batches: list[pa.RecordBatch] = []
-        self.listed = Listed(_LISTED.empty_table())
+        self.listed = Listed(NOTHING)
 
     def add(self, path: str, size: int, version: Any = None) -> None:
         if _hidden(path) or (self._prefixes and not posixpath.basename(path).startswith(self._prefixes)):
@@ -98,7 +101,7 @@ def in_order(table: pa.Table) -> pa.Table:
 def joined(found: Iterable[Listed]) -> Listed:
     """What several folders hold, together."""
     several = list(found)
-    whole = Listed(in_order(pa.concat_tables([_LISTED.empty_table(), *(one.images for one in several)])))
+    whole = Listed(in_order(pa.concat_tables([NOTHING, *(one.images for one in several)])))
     for one in several:
         whole.archives += one.archives
         whole.ignored += one.ignored

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from patchsae_ray import storage
 from patchsae_ray.data.listing import (
+    NOTHING,
     Branch,
     Listed,
     branches,
@@ -198,7 +199,7 @@ def _branches_share(found: Sequence[Branch], root: str, folder: str | None) -> t
     """Some branches' images as a share, and what else is there."""
     listed = joined(map(list_branch, found))
     share = _share(listed.images, root, folder)
-    return share, replace(listed, images=listed.images.slice(0, 0))
+    return share, replace(listed, images=NOTHING)
 
 
 def _share(images: pa.Table, root: str, folder: str | None) -> FolderShare:

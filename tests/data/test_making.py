@@ -45,7 +45,7 @@ def test_the_same_by_tasks(form: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(making, "ROWS_A_PART", 3)
     here = build_manifest(data)
     by_tasks = find_or_make(Source(data), str(tmp_path / "root"), False, elsewhere)
-    assert all(part.uri and not part.batches for part in by_tasks.units.parts), "the rows are in files, not here"
+    assert all(part.uri and not part.data for part in by_tasks.units.parts), "the rows are in files, not here"
     loaded = [keep(by_tasks), find_or_make(Source(data), str(tmp_path / "root"), False, elsewhere)]
     for other in [by_tasks, *loaded, pickle.loads(pickle.dumps(loaded[1]))]:
         same(here, other)
