@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test gpu lint lock clean
 
 # Python 3.11 where there is one (the lock was made with it), any python3 >= 3.11 otherwise.
 $(STAMP): requirements.lock pyproject.toml
@@ -20,6 +20,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# On a machine with a GPU and torch, with the python3 at hand (or PYTHON=…), not .venv. No Ray is needed; the script says what
+# is missing, and exits 3 where there is no GPU (make makes a 2 of that).
+gpu:
+	$(if $(filter file,$(origin PYTHON)),python3,$(PYTHON)) tests/gpu/run.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

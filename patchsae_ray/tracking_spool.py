@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from patchsae_ray import storage
-from patchsae_ray.errors import UserError
+from patchsae_ray.errors import StoreError, UserError
 from patchsae_ray.writing import create, remove, remove_empty, write_bytes
 
 log = logging.getLogger(__name__)
@@ -130,12 +130,18 @@ class Spool:
         self._written = time.monotonic()
 
     def read(self, piece: str) -> list[Entry]:
-        """The entries of a file; lines that are none of ours are passed over, with a warning.
+        """The entries of a file, none where another driver has removed it; lines that are none of ours are passed over.
 
         Raises: StoreError where the store does not answer.
         """
+        try:
+            data = storage.read_bytes(piece)
+        except StoreError:
+            raise
+        except UserError:
+            return []
         entries = []
-        for line in storage.read_text(piece).splitlines():
+        for line in data.decode(errors="replace").splitlines():
             try:
                 entries.append(Entry.from_json(line))
             except ValueError:

@@ -175,13 +175,14 @@ class Uploader:
         """Find or open the run, and log what its spool holds."""
         self._set_aside = False
         pieces = self._place.pieces()
+        entries = self._spool.read(pieces[0]) if pieces else []
         known = self._server.find(self.run_id) if self.run_id else None
         if known is None:
-            self._new_run(pieces)
+            self._new_run(entries[0].time if entries else self._started)
         else:
             self._params = known
-        for piece in pieces:
-            self._send(self._spool.read(piece))
+        for index, piece in enumerate(pieces):
+            self._send(self._spool.read(piece) if index else entries)
             if self._abandoned.is_set():
                 return
             self._place.remove(piece)
@@ -195,13 +196,12 @@ class Uploader:
         if self._finished:
             self._finished, self._params, self.run_id = False, frozenset(), None
             self._place.forget()
-            self._new_run([])
+            self._new_run(self._started)
         elif opened_before:
             self._server.reopen(str(self.run_id))
 
-    def _new_run(self, pieces: list[str]) -> None:
-        first = self._spool.read(pieces[0])[:1] if pieces else []
-        made = self._server.create(self._job, first[0].time if first else self._started)
+    def _new_run(self, began: int) -> None:
+        made = self._server.create(self._job, began)
         self.run_id = self._place.keep_run_id(made, instead_of=self.run_id)
         if self.run_id != made:
             self._server.delete(made)

@@ -283,6 +283,22 @@ def test_a_fault_of_ours_ends_nothing_and_loses_nothing(
     assert sorted(entry.step for entry in kept(tmp_path) if entry.metrics) == list(range(10))
 
 
+def test_lines_that_are_no_entries_are_passed_over(
+    store: str, begin: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(str(tmp_path / "results"), KEY)
+    Spool(place).write([Entry(1, metrics={"loss": 1.0}, step=7)])
+    (piece,) = place.pieces()
+    whole = Path(piece).read_text()
+    Path(piece).write_bytes(b'{"time": 1, "other": 2}\n{"ti\n\xff\n' + whole.encode())
+    run = begin(store)
+    run.finish("FINISHED")
+    assert caplog.text.count("a line is no entry for MLflow") == 3
+    assert history(store, str(run.run_id), "loss") == [(7, 1.0)]
+    assert not left_files(tmp_path)
+    assert Spool(place).read(piece) == [], "another driver has logged and removed it"
+
+
 def test_uploading_twice_changes_nothing(store: str, begin: Start, tmp_path: Path) -> None:
     first = begin(f"http://127.0.0.1:{free_ports(1)[0]}")
     for step in range(20):

@@ -14,7 +14,7 @@ OPENAI_IMAGENET_TEMPLATES: tuple[str, ...] = tuple(template("{}") for template i
 """OpenAI's 80 ImageNet templates, with {} where the class name goes."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def text_embeddings(
     clip: nn.Module,
     config: BackboneConfig,

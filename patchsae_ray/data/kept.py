@@ -11,6 +11,7 @@ import json
 import logging
 import posixpath
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from patchsae_ray.data.making import Making, TaskRunner, kept_part, write_named
 from patchsae_ray.data.manifest import Keeping, Manifest, Reading
 from patchsae_ray.data.sources import Listing, Source, list_source, manifest_of
 from patchsae_ray.data.tables import Part, UnitTable
-from patchsae_ray.errors import UserError
+from patchsae_ray.errors import NotFound, UserError
 from patchsae_ray.writing import write_bytes
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,26 @@ def _keep(manifest: Manifest, keeping: Keeping) -> Manifest:
     return replace(manifest, units=units, keeping=None)
 
 
+def wanted_files(folder: str, notes: Iterable[str]) -> set[str]:
+    """The files of a folder of manifests that its notes lead to, relative to it.
+
+    Raises: UserError where a note or a manifest is damaged, so that it cannot be told.
+    """
+    wanted: set[str] = set()
+    for note in notes:
+        try:
+            name = str(json.loads(storage.read_bytes(storage.join(folder, note)))["manifest"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{storage.join(folder, note)} is damaged; --relist would make it again") from error
+        try:
+            units = _load(storage.join(folder, name)).units
+        except NotFound:
+            continue
+        uris = [*(part.uri for part in units.parts), str(units.label_source)]
+        wanted |= {note, name, *(f"parts/{posixpath.basename(uri)}" for uri in uris)}
+    return wanted
+
+
 def _sign(source: Source, listing: Listing, started: float) -> Sign | None:
     """None where a change could go unseen: a directory that was still being written to."""
     if listing.format != "folder":
@@ -149,7 +170,7 @@ _PLAIN_FIELDS = [field.name for field in fields(Manifest) if field.name not in {
 
 
 def _index_bytes(manifest: Manifest) -> bytes:
-    """Where the units begin, as a column, and all else of a manifest in the schema's metadata."""
+    """Where the units and the row groups begin, as batches of a column, and all else of a manifest in the schema's metadata."""
     said: dict[str, Any] = {name: getattr(manifest, name) for name in _PLAIN_FIELDS}
     said["reading"] = asdict(manifest.reading)
     said["parts"] = [[posixpath.basename(part.uri), part.count] for part in manifest.units.parts]
@@ -157,7 +178,8 @@ def _index_bytes(manifest: Manifest) -> bytes:
     schema = pa.schema([("edge", pa.int64())]).with_metadata({"manifest": json.dumps(said)})
     buffer = io.BytesIO()
     with pa.ipc.new_file(buffer, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-        writer.write_batch(pa.record_batch([pa.array(manifest.units.edges(), pa.int64())], schema=schema))
+        for edges in (manifest.units.edges(), manifest.units.group_edges()):
+            writer.write_batch(pa.record_batch([pa.array(edges, pa.int64())], schema=schema))
     return buffer.getvalue()
 
 
@@ -170,7 +192,7 @@ def _load(uri: str) -> Manifest:
     try:
         reader = pa.ipc.open_file(pa.BufferReader(data))
         said = json.loads(reader.schema.metadata[b"manifest"])
-        edges = reader.get_batch(0).column("edge").to_numpy()
+        edges, groups = (reader.get_batch(number).column("edge").to_numpy() for number in (0, 1))
     except (pa.ArrowInvalid, OSError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{uri} is not a whole manifest; --relist would make it again") from error
     folder = _parts_folder(posixpath.dirname(uri))
@@ -179,4 +201,5 @@ def _load(uri: str) -> Manifest:
         key: tuple(value) if isinstance(value, list) else value for key, value in said["reading"].items()
     }
     plain: dict[str, Any] = {name: tuple(said[name]) if isinstance(said[name], list) else said[name] for name in _PLAIN_FIELDS}
-    return Manifest(units=UnitTable(parts, edges, storage.join(folder, said["labels"])), reading=Reading(**reading), **plain)
+    units = UnitTable(parts, edges, storage.join(folder, said["labels"]), groups)
+    return Manifest(units=units, reading=Reading(**reading), **plain)

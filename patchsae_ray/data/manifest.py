@@ -104,9 +104,9 @@ class Manifest:
     def group_edges(self) -> np.ndarray:
         """[groups + 1] int64: positions at which runs begin that are best read as a whole, and the number of images.
 
-        The units' edges: a unit of Parquet is made of whole row groups wherever they are small enough.
+        Parquet's row groups, those of more than 1,024 rows in pieces of up to 512; of other sources the units.
         """
-        return self.units.edges()
+        return self.units.group_edges()
 
     def label_array(self) -> np.ndarray:
         """[num_images] int32: each image's label under the class list in use, -1 without one."""

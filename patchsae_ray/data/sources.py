@@ -260,14 +260,16 @@ def _parquet_manifest(source: Source, listing: Listing, making: Making) -> Manif
     found = list(making.run(work, _cut(listing.archives)))
     scans = [scan for _, some in found for scan in some]
     labels = Labels(scans, source.label_column)
-    edges = row_group_edges(np.concatenate([scan.group_rows for scan in scans]))
+    group_rows = np.concatenate([scan.group_rows for scan in scans])
+    edges = row_group_edges(group_rows)
     if not edges[-1]:
         raise UserError(f"no images in {source.uri}: its Parquet files have no rows")
     numbers = numbered([scan.label_codes for scan in scans], [scan.values for scan in scans], labels.values)
     reading = Reading("parquet", source.image_column, source.label_column if labels.there else None, labels.values)
     entries = [(file.path, file.size, scan.footer) for file, scan in zip(listing.archives, scans, strict=True)]
     said = ("labels", 0, storage.digest([scan.labels for scan in scans if scan.there]))
-    units = UnitTable(tuple(part for parts, _ in found for part in parts), edges, numbers)
+    groups = np.union1d(np.cumsum(group_rows), edges)  # a group that is larger than a unit is cut as units are
+    units = UnitTable(tuple(part for parts, _ in found for part in parts), edges, numbers, groups)
     return Manifest(
         source.uri, units, reading, labels.classnames, labels.num_classes, manifest_digest(reading, [*entries, said]),
         labels_are_names=bool(labels.values), encoded_bytes=sum(scan.image_bytes for scan in scans),

@@ -106,15 +106,21 @@ class UnitTable(Sequence[Unit]):
         parts: the rows.
         edges_array: [units + 1] int64, as `edges` gives them.
         label_source: [images] int32 as the source has them, or the URI of such an array's file (little-endian).
+        groups_array: [groups + 1] int64, as `group_edges` gives them; None where they are the units' edges.
     """
 
     parts: tuple[Part, ...]
     edges_array: np.ndarray
     label_source: np.ndarray | str
+    groups_array: np.ndarray | None = None
 
     def edges(self) -> np.ndarray:
         """[units + 1] int64: position of each unit's first image, and the number of images at the end; always in memory."""
         return self.edges_array
+
+    def group_edges(self) -> np.ndarray:
+        """[groups + 1] int64: position at which each run begins that is best read as a whole, and the number of images."""
+        return self.edges_array if self.groups_array is None else self.groups_array
 
     def labels(self) -> np.ndarray:
         """[images] int32: each image's label as the source has it, -1 without one."""

@@ -77,7 +77,7 @@ class TokenMetrics:
         norm = squares.sqrt()
         cosine = (wide * other).sum(dim=-1) / (norm * other.norm(dim=-1)).clamp_min(torch.finfo(torch.float64).tiny)
         divisor = as_divisor(norm)
-        relative = torch.where(norm > 0, error / divisor**2, 1.0)
+        relative = torch.where(norm == 0, 1.0, error / divisor**2)
         terms = torch.stack([squares, error, error / divisor / x.shape[-1], relative, cosine], dim=-1)  # [n, t, 5]
         kind = types[active.token.remainder(len(types))]
         values = active.value.abs().to(torch.float64)  # summed a type at a time: a GPU's weighed bincount adds in any order

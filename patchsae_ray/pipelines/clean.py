@@ -1,6 +1,5 @@
 """What dead runs have left under a root folder: bundles, checkpoints and manifests that no result needs, unfinished files."""
 
-import json
 import logging
 import posixpath
 import secrets
@@ -11,7 +10,8 @@ from functools import partial
 from typing import Any
 
 from patchsae_ray import storage
-from patchsae_ray.errors import UserError
+from patchsae_ray.data.kept import wanted_files
+from patchsae_ray.errors import StoreError, UserError
 from patchsae_ray.pipelines.bundles import SUFFIX, bundle_units
 from patchsae_ray.pipelines.claims import claim_of
 from patchsae_ray.pipelines.heartbeat import driver_of
@@ -24,7 +24,7 @@ DEAD_AFTER_SECONDS = 600.0
 UNUSED_AFTER_SECONDS = 86_400.0
 """What has no heartbeat, checkpoints and manifests, may be in use for this long after it was last written."""
 RESULT_FOLDERS = ("out", "eval_outputs")
-MANIFESTS = "manifests"
+MANIFESTS = "out/manifests"
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,12 @@ def find_leftovers(root_dir: str) -> list[Leftover]:
     if not files and not uploads:
         return []
     now = _store_time(root_dir)
-    found = [*_folders(root_dir, files, now), *_unfinished(root_dir, files, now), *_manifests(root_dir, files, now)]
-    return found + [_upload(root_dir, upload, now) for upload in uploads]
+    runs = list(_folders(root_dir, files, now))
+    found = [*runs, *_unfinished(root_dir, files, now), *(_upload(root_dir, upload, now) for upload in uploads)]
+    if any(run.age < run.dead_after for run in runs):
+        log.info("clean: manifests are kept, for a run may be using them")
+        return found
+    return [*found, *_manifests(root_dir, files, now)]
 
 
 def _listed(root_dir: str, top: str) -> list[_File]:
@@ -174,24 +178,20 @@ def _unfinished(root_dir: str, files: Iterable[_File], now: float) -> Iterator[L
 
 
 def _manifests(root_dir: str, files: Iterable[_File], now: float) -> Iterator[Leftover]:
-    """Manifests of data sets that have changed since: no note of a source names them."""
-    inside = [file for file in files if posixpath.basename(file.folder) == MANIFESTS]
-    named = set()
-    for file in inside:
-        if file.name.endswith(".json"):
-            named.add(_named_by(storage.read_bytes(storage.join(root_dir, file.path))))
-    for file in inside:
-        if file.name.endswith(".arrow") and file.name not in named and None not in named:
-            uri, age = storage.join(root_dir, file.path), now - file.written
-            yield Leftover(uri, "manifest of a changed data set", file.size, age, UNUSED_AFTER_SECONDS, partial(remove, uri))
-
-
-def _named_by(note: bytes) -> str | None:
-    """The manifest that a note names; None where it cannot be told."""
+    """Manifests of data sets that have changed since, and parts of manifests: what no note of a source leads to."""
+    inside = [file for file in files if file.path.startswith(MANIFESTS + "/")]
+    notes = [file.path.removeprefix(MANIFESTS + "/") for file in inside if file.name.endswith(".json")]
     try:
-        return str(json.loads(note)["manifest"])
-    except (ValueError, KeyError, TypeError):
-        return None
+        wanted = wanted_files(storage.join(root_dir, MANIFESTS), notes)
+    except StoreError:
+        raise
+    except UserError as error:
+        log.info("clean: manifests are kept: %s", error)
+        return
+    for file in inside:
+        if file.path.removeprefix(MANIFESTS + "/") not in {*wanted, *notes} and not file.name.startswith(TEMPORARY_PREFIX):
+            uri, age = storage.join(root_dir, file.path), now - file.written
+            yield Leftover(uri, "of a manifest that is not current", file.size, age, UNUSED_AFTER_SECONDS, partial(remove, uri))
 
 
 def _uploads(root_dir: str) -> list[dict[str, Any]]:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import ray
 
-from patchsae_ray.data.manifest import Manifest
+from patchsae_ray.data.manifest import UNIT_SIZE, Manifest
 from patchsae_ray.data.units import DecodedUnit, decode_unit
 from patchsae_ray.errors import UserError
-from patchsae_ray.pipelines.planning import Plan
+from patchsae_ray.pipelines.planning import Plan, store_bytes
 from patchsae_ray.pipelines.ray_faults import MORE_MEMORY
 from patchsae_ray.storage import patiently
 
@@ -123,6 +123,9 @@ def decoded_units(manifest: Manifest, units: Sequence[int], image_size: int, pla
 
     Units that are another driver's leave an empty block.
     """
-    with fresh_context():
+    unit_bytes = UNIT_SIZE * image_size**2 * 3
+    store = store_bytes(plan, unit_bytes, ray.cluster_resources().get("CPU", 0.0))
+    with fresh_context() as context:
+        context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=store)
         rows = ray.data.from_items([{"unit": int(unit)} for unit in units], override_num_blocks=len(units))
     return rows.flat_map(DecodeRow(manifest, image_size, ledger).__call__, num_cpus=plan.decode_cpus)

@@ -22,8 +22,8 @@ from patchsae_ray.pipelines.claims import Claims, Held
 from patchsae_ray.pipelines.cluster import several_machines
 from patchsae_ray.pipelines.devices import warn_of_several
 from patchsae_ray.pipelines.heartbeat import Heartbeat, Peers
-from patchsae_ray.pipelines.kept import Pass
 from patchsae_ray.pipelines.merging import helpers, merged_contents, naming_the_image
+from patchsae_ray.pipelines.pass_record import Pass
 from patchsae_ray.pipelines.runner import Session
 from patchsae_ray.pipelines.units import Totals, UnitTask
 from patchsae_ray.pipelines.waves import Waves

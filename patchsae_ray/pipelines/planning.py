@@ -10,6 +10,10 @@ GPU_ACTOR_CPUS = 0.9
 """Of an actor on a GPU, whose thread mostly waits for it; not 1, so that Ray Data keeps it apart from decoding."""
 DECODE_CPUS = 1.0
 """Of a decode task: it is one busy process, and a share of a CPU would let a node run more of them than it has CPUs."""
+DECODERS_AN_ACTOR = 16
+"""Decode tasks, at least, for each actor that are allowed for, so that a cluster that grows is not held back."""
+LEAST_STORE_BYTES = 128 * 2**20
+"""Of the object store that a pass may fill, however small its images."""
 WELL_USED = 0.8
 """Share of the CPUs that equal actors must use, where larger actors, and fewer, would leave more of them idle."""
 
@@ -101,6 +105,20 @@ def plan(cluster: Cluster, device: str, precision: str = "auto", wishes: Wishes 
     if wishes.num_gpus:
         raise UserError(f"--num_gpus {wishes.num_gpus:g}: the model runs on CPUs here (--device {device}, {gpus:g} GPUs)")
     return _cpu_plan(cluster, precision, wishes), ""
+
+
+def store_bytes(plan: Plan, unit_bytes: int, cpus: float) -> int:
+    """Of the object store that decoded units may fill: twice those that are being decoded and a few for each actor.
+
+    Without a bound decoding would run ahead as far as the store is large, and claim units that other drivers could run now.
+
+    Args:
+        plan: who gets what.
+        unit_bytes: of the pixels of a unit.
+        cpus: of the cluster.
+    """
+    decoders = max(math.ceil(cpus / plan.decode_cpus), DECODERS_AN_ACTOR * plan.max_actors)
+    return max(LEAST_STORE_BYTES, 2 * unit_bytes * (decoders + 4 * plan.max_actors))
 
 
 def _taken(cluster: Cluster) -> str:

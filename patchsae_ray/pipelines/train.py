@@ -25,6 +25,7 @@ from patchsae_ray.pipelines.results import ResultFolder, run_key
 from patchsae_ray.pipelines.resume import ResumeFolder, Saved
 from patchsae_ray.pipelines.runner import Made, Session, run_once
 from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet
+from patchsae_ray.pipelines.train_claim import check_nobody_trains, sole_driver
 from patchsae_ray.pipelines.train_launch import TrainJob, launch
 from patchsae_ray.pipelines.train_listener import TrainListener
 from patchsae_ray.pipelines.train_plan import TrainPlan, plan_training
@@ -82,10 +83,39 @@ def run_training(settings: TrainSettings, model: LoadedModel, manifest: Manifest
         )
     resume = ResumeFolder(storage.absolute(storage.join(folder.uri, "resume")), folder.key, folder.identity)
     if settings.overwrite:
+        check_nobody_trains(resume)
         resume.clear()
     resume.check()
-    job = _job(settings, model, keep(manifest), order, resume, plan)
+    with sole_driver(resume, lambda: not settings.overwrite and folder.done_meanwhile()):
+        return _train(settings, model, keep(manifest), order, session, resume)
+
+
+def _train(
+    settings: TrainSettings, model: LoadedModel, manifest: Manifest, order: LaneOrder, session: Session, resume: ResumeFolder
+) -> Made:
+    plan, folder = session.plan, session.folder
+    assert isinstance(plan, TrainPlan)
     mixing = order_mixing(order, labels_of(manifest))
+    _log_plan(settings, model, manifest, order, mixing)
+    config, extra = checkpoint_config(settings, model, order), _extra_files(settings, order)
+
+    def written(step: int) -> None:
+        saved = resume.read(step, "weights")
+        if saved is not None:
+            folder.write(extra[step], torch_bytes(_sae(saved.tensors), config))
+
+    listener = TrainListener(order, session.tracker, manifest, settings.max_bad_fraction, resume, written)
+    job = _job(settings, model, manifest, order, resume, plan)
+    launch(job, settings.max_bad_fraction, settings.no_progress_minutes, listener)
+    state = resume.read(order.steps)
+    if state is None:
+        raise UserError(f"{resume.own}: the last checkpoint is not whole; the same command goes on from the one before")
+    for step in set(extra) - listener.weights:
+        written(step)
+    return _made(order, manifest, config, state, listener, mixing, resume)
+
+
+def _log_plan(settings: TrainSettings, model: LoadedModel, manifest: Manifest, order: LaneOrder, mixing: OrderMixing) -> None:
     images, latents = images_of(order, order.steps), model.config.width * settings.expansion_factor
     log.info(
         "train: %s images in %s steps of %s tokens, %s latents; a batch has tokens of %s",
@@ -96,22 +126,6 @@ def run_training(settings: TrainSettings, model: LoadedModel, manifest: Manifest
             "train: row groups of %s can only be read whole, and %d of them are mixed; jobs/cache_activations.py, and "
             "--activations with its folder, would mix single images", manifest.source, order.lanes,
         )  # fmt: skip
-    config = checkpoint_config(settings, model, order)
-    extra = _extra_files(settings, order)
-
-    def written(step: int) -> None:
-        saved = resume.read(step, "weights")
-        if saved is not None:
-            folder.write(extra[step], torch_bytes(_sae(saved.tensors), config))
-
-    listener = TrainListener(order, session.tracker, manifest, settings.max_bad_fraction, resume, written)
-    launch(job, settings.max_bad_fraction, settings.no_progress_minutes, listener)
-    state = resume.read(order.steps)
-    if state is None:
-        raise UserError(f"{resume.own}: the last checkpoint is not whole; the same command goes on from the one before")
-    for step in set(extra) - listener.weights:
-        written(step)
-    return _made(order, manifest, config, state, listener, mixing, resume)
 
 
 def _made(

@@ -5,7 +5,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import ray
@@ -20,6 +21,7 @@ from patchsae_ray.errors import UserError, first_line, user_error
 from patchsae_ray.names import ActivationDtype, Tokens
 from patchsae_ray.pipelines.model import PortableModel
 from patchsae_ray.pipelines.progress import duration, on_this_machine
+from patchsae_ray.pipelines.ray_faults import lost
 from patchsae_ray.pipelines.streamed import Streamed, TowerTask
 from patchsae_ray.pipelines.token_sources import Cached, ChunkSource, ChunkTower, Fused
 from patchsae_ray.pipelines.train_board import Board, Message, RemoteBoard, TrainBoard
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 MAX_DEATHS = 3
 """How often in a row workers may die without a new checkpoint."""
 POLL_SECONDS = 0.5
+ROOM_SECONDS = 60.0
+"""How long lost machines are waited for before a run goes on without them."""
 
 
 @dataclass(frozen=True)
@@ -163,29 +167,51 @@ def _train_loop(config: dict[str, Any]) -> None:
 
 
 def _fit_again_and_again(job: TrainJob, actor: Any, heard: "_Heard", no_progress_minutes: float) -> None:
-    """Ray Train, started again from the newest checkpoint whenever workers die.
+    """Ray Train, started again from the newest checkpoint whenever workers are lost, on as many of them as there is room for.
 
-    Raises: UserError where they die MAX_DEATHS times in a row without a new checkpoint.
+    Raises: UserError where they die MAX_DEATHS times in a row without a new checkpoint; a machine that was lost is no death.
     """
-    kept = [ray.put(job)]  # in a list, so that Ray Train hands on the reference
     deaths = 0
     while True:
         saved = heard.saved_step
+        kept = [ray.put(job)]  # in a list, so that Ray Train hands on the reference
         try:
-            heard.while_running(lambda: _fit(job.plan, kept, actor), no_progress_minutes)
+            heard.while_running(partial(_fit, job.plan, kept, actor), no_progress_minutes)
             return
         except TrainingFailedError as error:
             _raise_stopped(str(ray.get(actor.stopped.remote())))
-            reason = _death(error)
-            if reason is None:
+            loss = _loss(error)
+            if loss is None:
                 raise
-        deaths = 1 if heard.saved_step > saved else deaths + 1
+        deaths = (1 if heard.saved_step > saved else deaths + 1) if loss.own else deaths
         if deaths >= MAX_DEATHS:
             raise UserError(
-                f"training workers died {deaths} times without a new checkpoint, the last time: {reason}; "
+                f"training workers died {deaths} times without a new checkpoint, the last time: {loss.said}; "
                 "what was trained up to the newest checkpoint stays, and the same command goes on from there"
             )
-        log.warning("train: %s; starting again from the newest checkpoint", reason)
+        workers = workers_with_room(job.plan)
+        log.warning(
+            "train: %s; starting again from the newest checkpoint%s", loss.said,
+            f" with {workers} of {job.plan.num_workers} workers" if workers < job.plan.num_workers else "",
+        )  # fmt: skip
+        job = replace(job, plan=replace(job.plan, num_workers=workers))
+
+
+def workers_with_room(plan: TrainPlan) -> int:
+    """How many of a plan's workers the machines that live have room for, at least 1; lost ones are waited for a while.
+
+    The order of the tokens does not depend on the number of workers, so a run goes on with fewer.
+    """
+    deadline = time.monotonic() + ROOM_SECONDS
+    while True:
+        room = 0
+        for node in ray.nodes():
+            has = node["Resources"] if node["Alive"] else {}
+            wanted = {"CPU": plan.worker_cpus, "GPU": plan.worker_gpus}
+            room += int(min(has.get(kind, 0.0) // amount for kind, amount in wanted.items() if amount))
+        if room >= plan.num_workers or time.monotonic() > deadline:
+            return max(1, min(plan.num_workers, room))
+        time.sleep(POLL_SECONDS)
 
 
 def _fit(plan: TrainPlan, kept: list[Any], actor: Any) -> None:
@@ -202,14 +228,27 @@ def _fit(plan: TrainPlan, kept: list[Any], actor: Any) -> None:
         ).fit()
 
 
-def _death(error: TrainingFailedError) -> str | None:
-    """In one line how a worker died; None where an error of our own ended it."""
+@dataclass(frozen=True)
+class _Loss:
+    """How a worker was lost."""
+
+    said: str
+    """In one line."""
+    own: bool
+    """Whether its process died by itself; not where its machine was lost or taken back."""
+
+
+def _loss(error: TrainingFailedError) -> _Loss | None:
+    """How a worker was lost, by itself if any was; None where an error of our own ended it."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    found = []
     for rank, failure in sorted(failures.items()):
         cause = getattr(failure, "health_check_failure", failure)
         if isinstance(cause, ray.exceptions.RayError) and not isinstance(cause, ray.exceptions.RayTaskError):
-            return f"training worker {rank} died ({first_line(cause)})"
-    return None
+            machine = getattr(cause, "preempted", False) or isinstance(cause, ray.exceptions.NodeDiedError)
+            what = "was lost with its machine" if machine else "died"
+            found.append(_Loss(f"training worker {rank} {what} ({lost(cause) or first_line(cause)})", not machine))
+    return next((one for one in found if one.own), found[0] if found else None)
 
 
 class _Heard:

@@ -9,8 +9,8 @@ BYTES_A_PAIR = 70
 
 PART_BYTES = {"cpu": 7 * 2**29, "cuda": 7 * 2**32}
 """Of a part of a step, at most, by the two numbers above: 3.5 GiB and 28 GiB."""
-SLICES_HELD = 6
-"""Slices of latents (ops.py) that ghost gradients and the search for active latents hold beside a part."""
+SLICES_HELD = 4
+"""Slices of latents (ops.py), at most, that ghost gradients and the search for active latents hold beside a part."""
 
 
 def part_bytes(device: torch.device, weight_bytes: int, slice_bytes: int) -> int:

@@ -34,7 +34,7 @@ class Objective:
 
 def as_divisor(length: Tensor) -> Tensor:
     """The length, and infinity where it is 0: an error divided by it is then 0, so that a token of zeros weighs nothing."""
-    return torch.where(length > 0, length, torch.inf)
+    return torch.where(length == 0, torch.inf, length)
 
 
 @dataclass(frozen=True)

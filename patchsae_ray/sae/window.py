@@ -148,7 +148,7 @@ def token_sums(x: Tensor, reconstruction: Tensor, error: Tensor, norm: Tensor, l
     cosine = (x * reconstruction).sum(dim=1) / (norm * reconstruction.norm(dim=1)).clamp_min(1e-30)
     squares = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()  # the variance is a small difference of these
     divisor = as_divisor(norm)
-    legacy = torch.where(norm > 0, 1 - error / divisor**2, 0.0)
+    legacy = torch.where(norm == 0, 0.0, 1 - error / divisor**2)
     scalars = [torch.ones_like(norm), squares, error, legacy, cosine, error / (divisor * x.shape[1])]
     totals = torch.stack([scalar.sum(dtype=torch.float64) for scalar in scalars])
     return torch.cat([totals, l1.view(1), x.sum(dim=0, dtype=torch.float64), counts.to(torch.float64)])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,14 +11,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from patchsae_ray import load_backbone, load_images, load_sae
-from patchsae_ray.backbone.clip import Backbone
+from patchsae_ray.backbone.adapter import AdapterFiles, read_adapter
+from patchsae_ray.backbone.clip import Backbone, build_clip
+from patchsae_ray.backbone.config import resolve
 from patchsae_ray.backbone.zero_shot import logits
 from patchsae_ray.errors import UserError
 from patchsae_ray.sae.model import SparseAutoencoder
 from tests.conftest import GOLDEN
 
 CONFIG, WEIGHTS = str(GOLDEN / "clip.json"), str(GOLDEN / "clip.safetensors")
-MAPLE = {"vit_type": "maple", "model_path": str(GOLDEN / "model.pth.tar-5"), "config_path": str(GOLDEN / "maple.yaml")}
+MAPLE: dict[str, Any] = {
+    "vit_type": "maple",
+    "model_path": str(GOLDEN / "model.pth.tar-5"),
+    "config_path": str(GOLDEN / "maple.yaml"),
+}
 FILES = sorted((GOLDEN / "images").glob("*/*.png"))
 
 
@@ -29,6 +36,14 @@ def backbone(request: pytest.FixtureRequest) -> Backbone:
 @pytest.fixture(scope="module")
 def sae() -> SparseAutoencoder:
     return load_sae(str(GOLDEN / "sae.pt")).double()
+
+
+def classifier(backbone: Backbone) -> Tensor:
+    """The zero-shot classifier of the golden class names, plain or adapted, as the jobs make it."""
+    config, weights = resolve(CONFIG, WEIGHTS)
+    chosen = MAPLE if backbone.num_prompt_tokens else {"vit_type": "base", "model_path": None, "config_path": None}
+    adapter = read_adapter(AdapterFiles(**chosen), config, weights.state_dict)
+    return adapter.classifier(build_clip(config, weights.state_dict), config, ["red circle", "green square", "blue triangle"])
 
 
 def check_along_its_gradient(function: Callable[[Tensor], Tensor], at: Tensor) -> None:
@@ -44,15 +59,12 @@ def check_along_its_gradient(function: Callable[[Tensor], Tensor], at: Tensor) -
 
 
 def test_a_logits_gradient_with_respect_to_the_residual(backbone: Backbone) -> None:
-    residual = backbone.to_hook(load_images(FILES[:3], backbone))
-    embeddings = load_backbone(CONFIG, WEIGHTS)(load_images(FILES[:6], 32))
-    head = nn.functional.normalize(embeddings, dim=-1)
+    residual, head = backbone.to_hook(load_images(FILES[:3], backbone)), classifier(backbone)
     check_along_its_gradient(lambda x: logits(backbone.from_hook(x), head, 0.0)[:, 2].sum(), residual)
 
 
 def test_a_logits_gradient_with_respect_to_the_latents(backbone: Backbone, sae: SparseAutoencoder) -> None:
-    residual = backbone.to_hook(load_images(FILES[:3], backbone))
-    head = nn.functional.normalize(load_backbone(CONFIG, WEIGHTS)(load_images(FILES[:6], 32)), dim=-1)
+    residual, head = backbone.to_hook(load_images(FILES[:3], backbone)), classifier(backbone)
     check_along_its_gradient(lambda z: logits(backbone.from_hook(sae.decode(z)), head, 0.0)[:, 2].sum(), sae.encode(residual))
 
 

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from patchsae_ray.backbone.clip import Backbone
 from patchsae_ray.backbone.zero_shot import logits
 from patchsae_ray.measure.rankings import Ranker, Ranking
-from patchsae_ray.measure.steering import Steerer, SteeringSettings, SteeringTotals
+from patchsae_ray.measure.steering import Steerer, SteeringSettings
+from patchsae_ray.measure.steering_totals import SteeringTotals
 from patchsae_ray.sae.model import SparseAutoencoder
 from patchsae_ray.sae.ops import slices
 from tests.benchmarks.extract import LATENTS, make_backbone, make_sae, seconds_of

@@ -63,3 +63,10 @@ def test_relist_and_a_damaged_file(tmp_path: Path) -> None:
         opened(tmp_path / "data", tmp_path / "root")
     assert opened(tmp_path / "data", tmp_path / "root", relist=True).num_images == 6
     assert arrow.read_bytes() == whole
+
+
+def test_row_groups_are_kept_too(tmp_path: Path) -> None:
+    write(f"{tmp_path}/data/rows.parquet", parquet_bytes(list(range(30)), None, row_group_size=7))
+    for manifest in (opened(tmp_path / "data", tmp_path / "root"), opened(tmp_path / "data", tmp_path / "root")):
+        assert manifest.group_edges().tolist() == [0, 7, 14, 21, 28, 30]
+        assert manifest.units.edges().tolist() == [0, 30]

@@ -129,6 +129,7 @@ def pretended_cuda(free_bytes: int = 80 * 2**30) -> Iterator[None]:
         "torch.cuda.memory_reserved": lambda *_: 0,
         "torch.cuda.memory_allocated": lambda *_: 0,
         "torch.Tensor.pin_memory": lambda tensor, *_: tensor,
+        "torch.Tensor.is_pinned": lambda *_: True,
         "torch.Tensor.record_stream": _nothing,
     }
     patches = [mock.patch(target, value) for target, value in replaced.items()]

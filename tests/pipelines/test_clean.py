@@ -1,6 +1,5 @@
 """What is left by dead runs is found and removed; what may be in use, or is a result, stays."""
 
-import json
 import os
 import time
 from pathlib import Path
@@ -9,9 +8,12 @@ import boto3
 import pytest
 
 from patchsae_ray import storage
+from patchsae_ray.data.catalog import open_dataset
+from patchsae_ray.data.kept import keep
 from patchsae_ray.pipelines import clean as cleaning
 from patchsae_ray.pipelines.clean import UNUSED_AFTER_SECONDS, clean, find_leftovers
 from patchsae_ray.writing import write_bytes
+from tests.data.makers import make_folder
 
 HOUR = 3600.0
 
@@ -60,15 +62,30 @@ def test_checkpoints_to_resume_from_go_after_a_day(tmp_path: Path) -> None:
 
 
 def test_manifests_that_no_source_has_any_more_go_after_a_day(tmp_path: Path) -> None:
-    for name in ("now", "before"):
-        put(tmp_path, f"out/manifests/{name}.arrow", age=2 * UNUSED_AFTER_SECONDS)
-    put(tmp_path, "out/manifests/yesterday.arrow", age=UNUSED_AFTER_SECONDS / 2)
-    put(tmp_path, "out/manifests/source.json", json.dumps({"manifest": "now.arrow"}).encode())
-    assert clean(str(tmp_path)) == {"removed": 1.0, "removed_bytes": 1.0, "kept": 1.0}
-    put(tmp_path, "out/manifests/another.json", b"{")
-    put(tmp_path, "out/manifests/yesterday.arrow", age=2 * UNUSED_AFTER_SECONDS)
-    assert clean(str(tmp_path))["removed"] == 0, "a note that cannot be read may name any"
-    assert "out/manifests/now.arrow" in left(tmp_path)
+    root, images = tmp_path / "root", tmp_path / "images"
+    for count in (3, 5):  # the data set grows
+        make_folder(str(images), count)
+        for folder in (images, *(path for path in images.rglob("*") if path.is_dir())):
+            os.utime(folder, (count, count))
+        manifest = keep(open_dataset("few", str(images), None, None, str(root), relist=True))
+    current = len(manifest.units)
+    before = {path for path in left(root) if path.endswith((".arrow", ".labels"))}
+    assert clean(str(root))["removed"] == 0
+    for path in before:
+        os.utime(root / path, (0, 0))
+    (note,) = root.rglob("*.json")
+    damaged = put(root, "out/manifests/another.json", b"{")
+    assert clean(str(root))["removed"] == 0, "a note that cannot be read may lead to any"
+    damaged.unlink()
+    young = put(root, f"{BUNDLES}/young/alive-1.json")
+    assert clean(str(root))["removed"] == 0, "a run may be using them"
+    young.unlink()
+    removed = clean(str(root))["removed"]
+    assert removed == len(before) / 2
+    assert note.exists()
+    again = keep(open_dataset("few", str(images), None, None, str(root)))
+    assert (again.num_images, len(again.units)) == (manifest.num_images, current)
+    assert [list(again.paths(unit)) for unit in again.units] == [list(manifest.paths(unit)) for unit in manifest.units]
 
 
 def test_a_file_that_is_not_whole_goes(tmp_path: Path) -> None:

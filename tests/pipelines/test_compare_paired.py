@@ -1,6 +1,7 @@
 """Steering's tables and a comparison's paired intervals, from totals made by hand: no Ray."""
 
 import json
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 
 from patchsae_ray.errors import UserError
+from patchsae_ray.figures import masking_curve
 from patchsae_ray.measure.masking import MaskingAccuracy
 from patchsae_ray.measure.outcomes import Outcomes
 from patchsae_ray.measure.rankings import Ranking
@@ -108,11 +110,14 @@ def test_one_image_a_class_has_no_interval() -> None:
     for kept in (totals.accuracy, totals.in_half):
         kept["class"] = MaskingAccuracy(4, 3)
         kept["class"].update(np.arange(3), np.array([True, True, False]), np.ones((3, 4, 1), bool))
-    summary, _ = summarise(totals, steering, SomeImages(3))  # type: ignore[arg-type]
+    summary, curves = summarise(totals, steering, SomeImages(3))  # type: ignore[arg-type]
     found = summary["no_sae"]["mean_over_classes"]
     assert found == {"percent": 66.666667, "low": None, "high": None}
     json.dumps(summary, allow_nan=False)
     assert with_interval(summary["no_sae"]) == " 66.67 % (no interval: one image a class)"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert masking_curve(steering.ks, steering.rankings, curves, 3).startswith(b"\x89PNG")
     metrics = steering_metrics(summary)
     assert metrics["accuracy_no_sae"] == 66.666667
     assert "accuracy_no_sae_low" not in metrics

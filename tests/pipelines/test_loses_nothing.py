@@ -46,7 +46,7 @@ EXTRA = ["--figure_latents", "0", "--quality_images", "100", "--commit_seconds",
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.parquet"
     labels = [number * 3 // IMAGES for number in range(IMAGES)]
-    path.write_bytes(parquet_bytes(list(range(IMAGES)), list(labels), row_group_size=300))
+    path.write_bytes(parquet_bytes(list(range(IMAGES)), list(labels), row_group_size=UNIT_SIZE))
     return path
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines.cluster import addable
-from patchsae_ray.pipelines.planning import Cluster, Node, Plan, Wishes, plan
+from patchsae_ray.pipelines.planning import LEAST_STORE_BYTES, Cluster, Node, Plan, Wishes, plan, store_bytes
 
 
 def cluster(*sizes: float | tuple[float, float], free_gpus: float | None = None) -> Cluster:
@@ -125,3 +125,11 @@ def test_wishes_that_cannot_be(device: str, wishes: dict[str, object], said: str
 def test_cuda_may_be_asked_for_before_the_cluster_has_grown_it() -> None:
     found = planned(cluster(4), "cuda", workers=(1, 5))
     assert (found.min_actors, found.max_actors, found.actor_gpus, found.decode_cpus) == (1, 5, 1.0, 1.0)
+
+
+def test_decoding_runs_ahead_as_far_as_keeps_everybody_busy_and_no_further() -> None:
+    unit = 512 * 224 * 224 * 3
+    eight = planned(cluster((128, 8)))
+    assert store_bytes(eight, unit, 128) == 2 * unit * (128 + 32)
+    assert store_bytes(planned(Cluster((Node(0),), (Node(128, 8),))), unit, 0) == 2 * unit * (128 + 32), "it may grow"
+    assert store_bytes(planned(cluster(2)), 512 * 28 * 28 * 3, 2) == LEAST_STORE_BYTES

@@ -79,6 +79,9 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     other = folder(tmp_path, "o" * 32, lr=0.2)
     with pytest.raises(UserError, match=r"step-0+7.safetensors is a checkpoint of another run \(lr 0.1 there, 0.2 here\)"):
         other.check()
+    later = folder(tmp_path, "p" * 32, order=2)  # of a setting that the checkpoint's version did not have
+    with pytest.raises(UserError, match=r"is a checkpoint of another run \(order not said there, 2 here\)"):
+        later.check()
     other.clear()
     other.check()
     assert folder(tmp_path).newest() is None

@@ -17,8 +17,8 @@ from patchsae_ray.pipelines import heartbeat, passes
 from patchsae_ray.pipelines.bundles import BundleFolder, Notes
 from patchsae_ray.pipelines.claims import Desk, claim_name
 from patchsae_ray.pipelines.heartbeat import heartbeat_name
-from patchsae_ray.pipelines.kept import BadTally, Pass
 from patchsae_ray.pipelines.merging import Helpers, Receipt
+from patchsae_ray.pipelines.pass_record import BadTally, Pass
 from patchsae_ray.pipelines.passes import UnitPass
 from patchsae_ray.pipelines.results import ResultFolder
 from patchsae_ray.pipelines.runner import Session

@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ import torch
 from patchsae_ray.errors import UserError
 from patchsae_ray.parsing import parse
 from patchsae_ray.pipelines.model import load_model
+from patchsae_ray.pipelines.planning import Plan
+from patchsae_ray.pipelines.token_sources import Fused
 from patchsae_ray.pipelines.train import extra_steps, images_of, order_of, train
+from patchsae_ray.pipelines.train_plan import _gpu_plan as gpu_plan
 from patchsae_ray.sae.checkpoint import SaeCheckpoint, read_checkpoint
 from patchsae_ray.settings import TrainSettings
 from tests.conftest import GOLDEN, JobRunner
@@ -141,6 +145,32 @@ def test_a_loss_that_explodes_is_one_line(train_here: Train, tmp_path: Path) -> 
     assert not list((tmp_path / "out").rglob("sae.*"))
 
 
+class Stubborn(Iterator[Any]):
+    """An iterator that cannot be closed, as a generator that a thread is still in."""
+
+    def __init__(self, inside: Iterator[Any]) -> None:
+        self._inside = inside
+
+    def __next__(self) -> Any:
+        return next(self._inside)
+
+    def close(self) -> None:
+        raise ValueError("generator already executing")
+
+
+def test_what_closing_comes_to_does_not_hide_the_cause(train_here: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = Fused.chunks
+    monkeypatch.setattr(Fused, "chunks", lambda self, wanted: Stubborn(chunks(self, wanted)))
+    with pytest.raises(UserError, match=r"^training stopped: the loss is"):
+        train_here(*SHORT, "--lr", "1e30", "--lr_scheduler_name", "constant", "--run_name", "wild")
+
+
+def test_a_cluster_of_gpus_trains_in_no_process_that_it_does_not_know() -> None:
+    plan = Plan("cuda", 1, 1, 1.0, 1.0, 1.0, 1, "bf16")
+    with pytest.raises(UserError, match=r"--num_workers 0 trains in the job's own process, where Ray reserves no GPU for it"):
+        gpu_plan(TrainSettings(num_workers=0, source="streamed"), plan, 4.0, "streamed")
+
+
 def test_running_out_of_memory_is_one_line(train_here: Train, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"training worker 0 of 1 ran out of memory on cpu; a smaller --batch_size"):
         train_here(*SHORT, "--expansion_factor", "100000000", "--run_name", "huge")
@@ -175,6 +205,7 @@ def test_too_many_bad_images_stop_the_run_and_few_are_listed(train_here: Train, 
         (["--batching", "images", "--batch_tokens", "9"], "--batch_tokens: with --batching images"),
         (["--token_share", "0"], "--token_share 0: above 0"),
         (["--checkpoint_steps", "0", "--checkpoint_minutes", "0"], "one of them above 0"),
+        (["--precision", "fp16"], "--precision fp16: training takes fp32 or bf16"),
         (["--activations", "/nowhere"], "--activations /nowhere: no cache.json there"),
     ],
 )

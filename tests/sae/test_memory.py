@@ -7,7 +7,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from patchsae_ray.sae import memory, ops
-from patchsae_ray.sae.gradients import Batch, dense_pass, sparse_pass
+from patchsae_ray.sae.ghost import ghost_gradients
+from patchsae_ray.sae.gradients import Batch, active_by_latent, dense_pass, sparse_pass
 from patchsae_ray.sae.memory import BYTES_A_LATENT, BYTES_A_PAIR, PART_BYTES, part_bytes
 from patchsae_ray.sae.objective import Objective
 from patchsae_ray.sae.schedules import Schedule
@@ -63,7 +64,27 @@ def test_bytes_a_pair_of_the_sparse_path(monkeypatch: pytest.MonkeyPatch) -> Non
     assert 0.6 * BYTES_A_PAIR < slope <= BYTES_A_PAIR
 
 
-@pytest.mark.parametrize(("free", "wanted"), [(80, 28), (40, 28), (24, 14), (12, 3.5), (1, 0.109375)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_slices_of_ghost_gradients_and_of_the_search(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ops.SLICE_BYTES, "cpu", 2**22)
+    sae, x = make_sae(WIDTH, LATENTS, 0), residual(1, 4 * TOKENS, WIDTH)
+    silent = make_sae(WIDTH, LATENTS, 0)
+    silent.b_enc.fill_(-100)
+
+    def ghosts() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            ghost_gradients(sae, x, 0.9 * x, torch.arange(LATENTS), len(x))
+
+    def search() -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            active_by_latent(silent, x - silent.b_dec)
+
+    for work in (ghosts, search):
+        work()
+        assert 2 < peak_of(work) / ops.SLICE_BYTES["cpu"] <= memory.SLICES_HELD
+
+
+@pytest.mark.parametrize(("free", "wanted"), [(80, 28), (40, 28), (24, 14), (12, 7), (1, 0.109375)])
 def test_parts_fit_in_what_is_free(free: int, wanted: float) -> None:
     with pretended_cuda(free * GIB):
         found = part_bytes(H100, GIB // 3, GIB)

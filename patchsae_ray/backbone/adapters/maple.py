@@ -150,7 +150,7 @@ class Maple(Adapter):
     def _tensor(self, name: str) -> Tensor:
         return torch.from_numpy(np.array(self.tensors[name]))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def classifier(self, clip: nn.Module, config: BackboneConfig, classnames: Sequence[str]) -> Tensor:
         """Unit text features [c, e] of the learned prompt with each class name."""
         return prompted_classifier(clip, config, classnames, self.settings.prefix, self.text_prompts())
