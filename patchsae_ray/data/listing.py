@@ -83,19 +83,28 @@ class _Collecting:
 
     def done(self) -> Listed:
         self._flush()
-        table = pa.Table.from_batches(self._batches, _LISTED)
-        self._batches = []
-        self.listed.images = in_order(table)
+        batches, self._batches = self._batches, []
+        self.listed.images = in_order(pa.Table.from_batches(batches, _LISTED))
         self.listed.archives.sort(key=lambda entry: entry.path)
         return self.listed
 
 
 def in_order(table: pa.Table) -> pa.Table:
     """Rows of (path, size) sorted by path."""
-    paths = table["path"].combine_chunks()
-    if len(paths) < 2 or pc.all(pc.less_equal(paths[:-1], paths[1:])).as_py():
+    paths = table["path"]
+    if all(_ascending(chunk) for chunk in paths.chunks) and _ascending(_ends(paths)):
         return table
     return table.take(pc.sort_indices(table, [("path", "ascending")]))
+
+
+def _ascending(values: pa.Array) -> bool:
+    return len(values) < 2 or bool(pc.all(pc.less_equal(values[:-1], values[1:])).as_py())
+
+
+def _ends(column: pa.ChunkedArray) -> pa.Array:
+    """The first and last value of each chunk."""
+    ends = [value for chunk in column.chunks if len(chunk) for value in (chunk[0], chunk[-1])]
+    return pa.array([end.as_py() for end in ends], column.type)
 
 
 def joined(found: Iterable[Listed]) -> Listed:
