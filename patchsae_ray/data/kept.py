@@ -199,7 +199,7 @@ def _load(uri: str) -> Manifest:
     except (pa.ArrowInvalid, OSError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{uri} is not a whole manifest; --relist would make it again") from error
     folder = _parts_folder(posixpath.dirname(uri))
-    parts = tuple(Part(count, (), storage.join(folder, name)) for name, count in said["parts"])
+    parts = tuple(Part(count, uri=storage.join(folder, name)) for name, count in said["parts"])
     reading: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in said["reading"].items()
     }

@@ -21,6 +21,9 @@ _LISTED = pa.schema([("path", pa.large_binary()), ("size", pa.int64())])
 """Path under the root; bytes."""
 
 
+NOTHING = _LISTED.empty_table()
+
+
 @dataclass
 class Listed:
     """The files of a folder, hidden ones apart."""
@@ -57,7 +60,7 @@ class _Collecting:
         self._paths: list[bytes] = []
         self._sizes: list[int] = []
         self._batches: list[pa.RecordBatch] = []
-        self.listed = Listed(_LISTED.empty_table())
+        self.listed = Listed(NOTHING)
 
     def add(self, path: str, size: int, version: Any = None) -> None:
         if _hidden(path) or (self._prefixes and not posixpath.basename(path).startswith(self._prefixes)):
@@ -80,25 +83,34 @@ class _Collecting:
 
     def done(self) -> Listed:
         self._flush()
-        table = pa.Table.from_batches(self._batches, _LISTED)
-        self._batches = []
-        self.listed.images = in_order(table)
+        batches, self._batches = self._batches, []
+        self.listed.images = in_order(pa.Table.from_batches(batches, _LISTED))
         self.listed.archives.sort(key=lambda entry: entry.path)
         return self.listed
 
 
 def in_order(table: pa.Table) -> pa.Table:
     """Rows of (path, size) sorted by path."""
-    paths = table["path"].combine_chunks()
-    if len(paths) < 2 or pc.all(pc.less_equal(paths[:-1], paths[1:])).as_py():
+    paths = table["path"]
+    if all(_ascending(chunk) for chunk in paths.chunks) and _ascending(_ends(paths)):
         return table
     return table.take(pc.sort_indices(table, [("path", "ascending")]))
+
+
+def _ascending(values: pa.Array) -> bool:
+    return len(values) < 2 or bool(pc.all(pc.less_equal(values[:-1], values[1:])).as_py())
+
+
+def _ends(column: pa.ChunkedArray) -> pa.Array:
+    """The first and last value of each chunk."""
+    ends = [value for chunk in column.chunks if len(chunk) for value in (chunk[0], chunk[-1])]
+    return pa.array([end.as_py() for end in ends], column.type)
 
 
 def joined(found: Iterable[Listed]) -> Listed:
     """What several folders hold, together."""
     several = list(found)
-    whole = Listed(in_order(pa.concat_tables([_LISTED.empty_table(), *(one.images for one in several)])))
+    whole = Listed(in_order(pa.concat_tables([NOTHING, *(one.images for one in several)])))
     for one in several:
         whole.archives += one.archives
         whole.ignored += one.ignored

@@ -69,8 +69,7 @@ def kept_part(part: Part, folder: str) -> Part:
     """
     if part.uri:
         return part
-    data = part.to_bytes()
-    return Part(part.count, (), write_named(folder, data, ".part"))
+    return Part(part.count, uri=write_named(folder, part.data, ".part"))
 
 
 def write_named(folder: str, data: bytes, extension: str) -> str:

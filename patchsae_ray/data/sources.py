@@ -1,19 +1,17 @@
 """What lies under a URI → a manifest: image folders, Parquet files, WebDataset tars."""
 
-import os
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from patchsae_ray import storage
+from patchsae_ray.data.folders import FolderShare, branches_share, file_entries, share_of
 from patchsae_ray.data.listing import (
-    Branch,
     Listed,
     branches,
     extension_of,
@@ -33,7 +31,7 @@ from patchsae_ray.data.manifest import (
     row_group_edges,
 )
 from patchsae_ray.data.scans import Labels, ParquetScan, numbered, scan_parquet, scan_tar
-from patchsae_ray.data.tables import NO_LABEL, ROWS_A_PART, Part, UnitTable, rows_of
+from patchsae_ray.data.tables import Part, UnitTable, rows_of
 from patchsae_ray.errors import UserError, nearest
 
 SHARES = 256
@@ -54,20 +52,6 @@ class Source:
     """Parquet's image column."""
     label_column: str = "label"
     """Parquet's label column; where there is none the images have no labels."""
-
-
-@dataclass(frozen=True)
-class FolderShare:
-    """The image files of some branches of a folder."""
-
-    parts: tuple[Part, ...]
-    codes: np.ndarray
-    """[images] int32: place of each image's class folder in `classes`; -1 without one."""
-    classes: tuple[str, ...]
-    flat: str
-    """An image that is in no class folder, if there is one."""
-    size: int
-    """Bytes of all images."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +137,9 @@ def _list_folder(source: Source, making: Making) -> Listing:
     top = joined(list_branch(branch) for branch in found if not branch.deep)
     if top.images.num_rows or not deep:  # files beside folders belong between them
         top = joined([top, *on_threads(list_branch, deep)])
-        listing = _listing(source, root, [top], [_share(top.images, root, None)])
+        listing = _listing(source, root, [top], [share_of(top.images, root, None)])
     else:
-        work = partial(_branches_share, root=root)
+        work = partial(branches_share, root=root)
         shares, others = zip(*making.run(work, _cut(deep)), strict=True)
         listing = _listing(source, root, [top, *others], shares)
     if listing is None and prefixes:
@@ -166,7 +150,7 @@ def _list_folder(source: Source, making: Making) -> Listing:
 
 def _listing_of(source: Source, root: str, files: list[storage.Entry]) -> Listing:
     listed = of_entries(files)
-    return _expected(source, _listing(source, root, [listed], [_share(listed.images, root, None)]))
+    return _expected(source, _listing(source, root, [listed], [share_of(listed.images, root, None)]))
 
 
 def _expected(source: Source, listing: Listing | None) -> Listing:
@@ -194,34 +178,6 @@ def _listing(source: Source, root: str, listed: Sequence[Listed], shares: Sequen
     return Listing(root, "folder", (), tuple(shares), sum(one.ignored for one in listed), directories)
 
 
-def _branches_share(found: Sequence[Branch], root: str, folder: str | None) -> tuple[FolderShare, Listed]:
-    """Some branches' images as a share, and what else is there."""
-    listed = joined(map(list_branch, found))
-    share = _share(listed.images, root, folder)
-    return share, replace(listed, images=listed.images.slice(0, 0))
-
-
-def _share(images: pa.Table, root: str, folder: str | None) -> FolderShare:
-    """A share of (path, size) in order."""
-    parts: list[Part] = []
-    codes = [np.zeros(0, np.int32)]
-    number: dict[str, int] = {}
-    flat = ""
-    for start in range(0, images.num_rows, ROWS_A_PART):
-        paths, sizes = (column.combine_chunks() for column in images.slice(start, ROWS_A_PART).columns)
-        nothing = np.zeros(len(paths), np.int64)
-        parts += parts_of(rows_of([root], nothing, paths.cast(pa.binary()), nothing, sizes.to_numpy()), folder)
-        inside = pc.greater_equal(pc.find_substring(paths, pattern="/"), 0)
-        heads = pc.list_element(pc.split_pattern(paths, pattern="/", max_splits=1), 0)
-        heads = pc.if_else(inside, heads, None).dictionary_encode()
-        local = [number.setdefault(readable(head), len(number)) for head in heads.dictionary.to_pylist()]
-        places = heads.indices.fill_null(len(local)).to_numpy()
-        codes.append(np.array([*local, NO_LABEL], np.int32)[places])
-        if NO_LABEL in codes[-1]:
-            flat = flat or readable(paths[int(np.argmin(codes[-1]))].as_py())
-    return FolderShare(tuple(parts), np.concatenate(codes), tuple(number), flat, pc.sum(images["size"]).as_py() or 0)
-
-
 def manifest_of(source: Source, listing: Listing, making: Making = IN_THIS_PROCESS) -> Manifest:
     """A listing in units, after looking into Parquet files and tars.
 
@@ -242,15 +198,8 @@ def _folder_manifest(source: Source, listing: Listing) -> Manifest:
     reading = Reading("folder")
     return Manifest(
         source.uri, UnitTable(parts, even_edges(len(labels)), labels), reading, tuple(classes), len(classes),
-        manifest_digest(reading, _file_entries(parts)), listing.ignored, True, sum(share.size for share in listing.shares),
+        manifest_digest(reading, file_entries(parts)), listing.ignored, True, sum(share.size for share in listing.shares),
     )  # fmt: skip
-
-
-def _file_entries(parts: Sequence[Part]) -> Iterator[tuple[str, int, str]]:
-    for part in parts:
-        for batch in part.each():
-            for name, size in zip(batch.column("name").to_pylist(), batch.column("size").to_pylist(), strict=True):
-                yield os.fsdecode(name), size, ""
 
 
 def _parquet_manifest(source: Source, listing: Listing, making: Making) -> Manifest:

@@ -1,14 +1,14 @@
 """The images of a data set as rows of Arrow, and the units that they are read in.
 
 A row says where an image lies and what it is called. Rows come in parts, each made by whoever looked through that part of
-the source: in memory, or in an Arrow file, of which a few batches are read as they are wanted. Labels are an array beside
+the source: an Arrow file, in memory or not, of which a few batches are read as they are wanted. Labels are an array beside
 them, for they are wanted all together as well.
 """
 
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from threading import Lock
@@ -54,42 +54,41 @@ class Unit:
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive images of a data set, as batches of 512 rows; the last may be smaller."""
+    """Consecutive images of a data set: an Arrow file of batches of 512 rows, of which the last may be smaller."""
 
     count: int
-    batches: tuple[pa.RecordBatch, ...] = ()
-    """In memory."""
+    data: bytes = field(default=b"", repr=False)
+    """The file's content, compressed: some ten bytes an image."""
     uri: str = ""
-    """Of an Arrow file that holds them, where they are not in memory."""
+    """Where the file is, if its content is not in memory."""
 
     @classmethod
     def of(cls, rows: pa.Table) -> "Part":
         """A part in memory of rows of IMAGE_SCHEMA."""
-        return cls(rows.num_rows, tuple(rows.combine_chunks().to_batches(max_chunksize=ROWS_A_BATCH)))
+        buffer = io.BytesIO()
+        with pa.ipc.new_file(buffer, IMAGE_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+            for batch in rows.combine_chunks().to_batches(max_chunksize=ROWS_A_BATCH):
+                writer.write_batch(batch)
+        return cls(rows.num_rows, buffer.getvalue())
 
     def batch(self, number: int) -> pa.RecordBatch:
         """The batch of this number.
 
         Raises: UserError where its file is not there, StoreError where the store does not answer.
         """
-        return self.batches[number] if self.batches else _kept_batch(self.uri, number)
+        return _batch(self, number)
 
     def each(self) -> Iterator[pa.RecordBatch]:
         """The batches in order."""
         for number in range(-(-self.count // ROWS_A_BATCH)):
             yield self.batch(number)
 
-    def to_bytes(self) -> bytes:
-        """The part as an Arrow file."""
-        buffer = io.BytesIO()
-        with pa.ipc.new_file(buffer, IMAGE_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-            for batch in self.each():
-                writer.write_batch(batch)
-        return buffer.getvalue()
-
     def in_memory(self) -> "Part":
-        """The same without its file."""
-        return Part(self.count, tuple(self.each()))
+        """The same without its file.
+
+        Raises: as `batch`.
+        """
+        return self if self.data else Part(self.count, storage.read_bytes(self.uri))
 
 
 def rows_of(uris: Sequence[str], file: np.ndarray, names: pa.Array, at: np.ndarray, sizes: np.ndarray) -> pa.Table:
@@ -217,9 +216,11 @@ def _plain(batch: pa.RecordBatch, rows: np.ndarray) -> pa.Table:
 class _ArrowFile:
     """A part's file: on this machine its batches are read as they are wanted, from elsewhere it is taken whole."""
 
-    def __init__(self, uri: str) -> None:
-        local = storage.is_local(uri)
-        source = pa.OSFile(uri.removeprefix("file://")) if local else pa.BufferReader(storage.read_bytes(uri))
+    def __init__(self, part: Part) -> None:
+        if part.data or not storage.is_local(part.uri):
+            source = pa.BufferReader(part.in_memory().data)
+        else:
+            source = pa.OSFile(part.uri.removeprefix("file://"))
         self._reader = pa.ipc.open_file(source)
         self._lock = Lock()  # the reader is not made for several threads
 
@@ -228,15 +229,15 @@ class _ArrowFile:
             return self._reader.get_batch(number)
 
 
-@lru_cache(maxsize=256)
-def _arrow_file(uri: str) -> _ArrowFile:
-    return _ArrowFile(uri)
+@lru_cache(maxsize=1024)
+def _arrow_file(part: Part) -> _ArrowFile:
+    return _ArrowFile(part)
 
 
 @lru_cache(maxsize=256)
-def _kept_batch(uri: str, number: int) -> pa.RecordBatch:
-    with storage.reaching(uri):
-        return _arrow_file(uri).batch(number)
+def _batch(part: Part, number: int) -> pa.RecordBatch:
+    with storage.reaching(part.uri or "the manifest"):
+        return _arrow_file(part).batch(number)
 
 
 @lru_cache(maxsize=2)

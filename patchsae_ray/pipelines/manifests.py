@@ -42,7 +42,10 @@ class ManifestTasks:
                 yield ray.get(running[index])
                 running[index] = None  # its result is the driver's now
         except ray.exceptions.RayTaskError as error:
-            raise user_error(error) or error from error
+            said = user_error(error)
+            if said is None:
+                raise
+            raise said from error
         finally:
             for one in running:
                 if one is not None:

@@ -15,7 +15,7 @@ from patchsae_ray.data import listing
 from patchsae_ray.data.kept import find_or_make, keep
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.sources import Source, build_manifest
-from patchsae_ray.data.units import decode_images, read_unit
+from patchsae_ray.data.units import decode_images, decode_unit, read_unit
 from tests.conftest import S3Server
 from tests.data.makers import make_folder, picture, write
 
@@ -113,6 +113,10 @@ def test_tars(traffic: Traffic) -> None:
     assert traffic.bytes < 1.02 * 512 * (SIZE + 2000), "headers and labels are read over"
     assert set(traffic.calls) == {"get_object"}
     assert len(traffic.calls) < 4
+    traffic.clear()
+    for first in range(0, 512, 64):
+        decode_unit(manifest.units.read(0), manifest.reading, 8, first, 64)
+    assert traffic.bytes < 1.02 * 512 * (SIZE + 2000), "in pieces it costs no more"
     traffic.clear()
     found = decode_images(manifest, np.array([577, 3, 3, 150]), 8)
     assert len(found.bad) == 4, "these are no images"

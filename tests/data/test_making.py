@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from patchsae_ray import storage
-from patchsae_ray.data import kept, making, sources, tables
+from patchsae_ray.data import folders, kept, making, sources, tables
 from patchsae_ray.data.kept import find_or_make, keep
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.sources import Source, build_manifest
@@ -41,11 +41,11 @@ def test_the_same_by_tasks(form: str, tmp_path: Path, monkeypatch: pytest.Monkey
     data = f"memory://{tmp_path.name}/{form}"
     make_source(data, form)
     monkeypatch.setattr(tables, "ROWS_A_BATCH", 2)
-    monkeypatch.setattr(sources, "ROWS_A_PART", 3)
+    monkeypatch.setattr(folders, "ROWS_A_PART", 3)
     monkeypatch.setattr(making, "ROWS_A_PART", 3)
     here = build_manifest(data)
     by_tasks = find_or_make(Source(data), str(tmp_path / "root"), False, elsewhere)
-    assert all(part.uri and not part.batches for part in by_tasks.units.parts), "the rows are in files, not here"
+    assert all(part.uri and not part.data for part in by_tasks.units.parts), "the rows are in files, not here"
     loaded = [keep(by_tasks), find_or_make(Source(data), str(tmp_path / "root"), False, elsewhere)]
     for other in [by_tasks, *loaded, pickle.loads(pickle.dumps(loaded[1]))]:
         same(here, other)
