@@ -99,7 +99,7 @@ def read_classnames(source: str) -> tuple[str, ...]:
     if source.endswith(".json"):
         try:
             names = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--classnames {source} is not JSON: {error}") from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"--classnames {source}: expected a list of names, one a class")
