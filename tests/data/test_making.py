@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,11 @@ def test_a_store_that_is_away_for_a_moment_is_waited_for(tmp_path: Path, monkeyp
     monkeypatch.setattr(storage, "_fetch", once)
     monkeypatch.setattr(storage, "info", asked_once)
     monkeypatch.setattr("patchsae_ray.faults.time.sleep", lambda seconds: None)
-    keep(find_or_make(Source(data), root, False))
-    again = find_or_make(Source(data), root, False)
+    with pytest.raises(StoreError):  # a job's first request is made once
+        find_or_make(Source(data), root, False)
+    made = keep(storage.patiently(partial(find_or_make, Source(data), root, False)))
+    again = storage.patiently(partial(find_or_make, Source(data), root, False))
+    assert again.digest == made.digest
     unit = again.units.read(0)
     assert unit.images.column("name").to_pylist() == [b"ant/1.png", b"bee/1.png"]
     assert unit.images.column("label").to_pylist() == [0, 1]
