@@ -1,6 +1,7 @@
 """What each error is put down to, with a real S3 server that fails in all its ways; and that waiting mends it."""
 
 import io
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +15,13 @@ from botocore.exceptions import ClientError, NoCredentialsError
 from s3fs import S3FileSystem
 
 from patchsae_ray import faults, storage
+from patchsae_ray.data.catalog import open_dataset
+from patchsae_ray.data.units import decode_unit
 from patchsae_ray.errors import AccessError, NotFound, StoreError, UserError
 from patchsae_ray.faults import as_ours, patiently, reaching
 from patchsae_ray.filesystems import READAHEAD_BYTES
 from patchsae_ray.writing import remove, remove_tree, write_bytes
-from tests.data.makers import parquet_bytes
+from tests.data.makers import make_folder, parquet_bytes
 from tests.faulty_proxy import LOST, RESET, FaultyProxy
 
 ONCE = ["ExpiredToken", "ConditionalRequestConflict", "SlowDown", RESET, LOST]
@@ -245,3 +248,20 @@ def test_each_file_is_one_request_and_none_is_fetched_twice(faulty_s3: FaultyPro
         opened.seek(5_000_000)
         opened.read(1000)
     assert sum(request.answered for request in requests) == 1000
+
+
+@pytest.mark.usefixtures("short_pauses")
+def test_only_an_image_that_is_not_there_is_a_bad_one(faulty_s3: FaultyProxy, tmp_path: Path) -> None:
+    data = f"s3://bucket/{tmp_path.name}/images"
+    make_folder(data, 30)
+    manifest = open_dataset("some", data, None, None)
+    unit = manifest.units.read(0)
+    undisturbed = decode_unit(unit, manifest.reading, 8)
+    faulty_s3.fail("NoSuchKey", "GET", "/bee/00013.png", times=math.inf)
+    failed = [faulty_s3.fail(fault, "GET", r"\.png$", times=3, skip=5) for fault in ONCE]
+    found = patiently(lambda: decode_unit(unit, manifest.reading, 8), seconds=60)
+    assert [rule.met for rule in failed] == [3] * len(failed)
+    assert found.bad == [(13, "bee/00013.png", f"no such file: {data}/bee/00013.png")]
+    others = undisturbed.positions != 13
+    assert found.positions.tolist() == undisturbed.positions[others].tolist()
+    assert (found.pixels == undisturbed.pixels[others]).all()
