@@ -59,12 +59,12 @@ def find_or_make(source: Source, root_dir: str, relist: bool, runner: TaskRunner
         runner: makes the parts of a large remote source, and has them written where they are kept; other sources, and all
             without a runner, are looked through by this process, and nothing is written yet.
 
-    Raises: UserError where there is nothing to be read, StoreError once a store has stayed away for too long.
+    Raises: UserError where there is nothing to be read, StoreError at once where a store does not answer: no run has begun.
     """
     folder = storage.absolute(storage.join(root_dir, "out", "manifests"))
     note_name = f"{storage.digest([json.dumps([_NAMING, *asdict(source).values()])])[:16]}.json"
-    kept = None if relist else storage.patiently(partial(_kept, source, folder, note_name))
-    return kept or storage.patiently(partial(_made, source, folder, note_name, runner))
+    kept = None if relist else _kept(source, folder, note_name)
+    return kept or _made(source, folder, note_name, runner)
 
 
 def _kept(source: Source, folder: str, note_name: str) -> Manifest | None:
