@@ -1,31 +1,22 @@
 """Files under any URI: a local path, s3://, hf://, whatever fsspec opens."""
 
 import hashlib
-import io
 import os
 import posixpath
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, cast
 
-import fsspec
-from fsspec.core import url_to_fs
-
-from patchsae_ray.errors import NotFound, StoreError, UserError, first_line
+from patchsae_ray.errors import NotFound, StoreError, UserError
 from patchsae_ray.faults import patiently as patiently
 from patchsae_ray.faults import reaching, s3_code
+from patchsae_ray.filesystems import READAHEAD_BYTES, Cache, Opened, cat_ranges, filesystem_of, fresh, is_local
+from patchsae_ray.filesystems import READING_THREADS as READING_THREADS
 from patchsae_ray.names import expanded
 
 LISTING_THREADS = 32
-READING_THREADS = 16
-CONNECTIONS = 64
-"""Open connections of a process to an S3 store: so many reads are in flight at once."""
-READAHEAD_BYTES = 4 * 2**20
-"""How far a file that is read in order is fetched ahead; s3fs's own 50 MiB are more than most units are long."""
-Cache = Literal["readahead", "none"]
-"""Of an open remote file: fetched ahead for reading in order, or just what each read asks for."""
 
 
 @dataclass(frozen=True)
@@ -45,37 +36,6 @@ def join(root: str, *parts: str) -> str:
     return posixpath.join(root.rstrip("/") or "/", *parts)
 
 
-def is_local(uri: str) -> bool:
-    """Whether a path or URI lies on this machine."""
-    return "://" not in uri or uri.startswith("file://")
-
-
-def filesystem_of(uri: str) -> tuple[Any, str]:
-    """(fsspec file system, path in it) of a URI.
-
-    Raises: UserError where there is no client for it.
-    """
-    try:
-        return url_to_fs(uri, **_options(uri))
-    except Exception as error:
-        raise UserError(f"cannot open {uri}: {first_line(error)}") from error
-
-
-def _options(uri: str) -> dict[str, Any]:
-    """s3fs remembers no listings, which others change, and keeps enough connections open; the user's fsspec settings stay."""
-    if not uri.startswith(("s3://", "s3a://")):
-        return {}
-    given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-    return {"use_listings_cache": False, "config_kwargs": {"max_pool_connections": CONNECTIONS, **given}}
-
-
-def _fresh(uri: str) -> tuple[Any, str]:
-    """`filesystem_of`, with the listings forgotten that a client remembers: others may have written since."""
-    filesystem, path = filesystem_of(uri)
-    filesystem.invalidate_cache()
-    return filesystem, path
-
-
 def absolute(uri: str) -> str:
     """A local path expanded and made absolute, so that it means the same in every process; a URI expanded."""
     uri = expanded(uri)
@@ -89,7 +49,7 @@ def info(uri: str) -> dict[str, Any] | None:
 
     Raises: AccessError where access is denied, StoreError where the store cannot be reached.
     """
-    filesystem, path = _fresh(uri)
+    filesystem, path = fresh(uri)
     with reaching(uri):
         try:
             found: dict[str, Any] = filesystem.info(path)
@@ -120,43 +80,9 @@ def size(uri: str) -> int:
 
     Raises: NotFound where there is no such file; else as `exists`.
     """
-    filesystem, path = _fresh(uri)
+    filesystem, path = fresh(uri)
     with reaching(uri):
         return int(filesystem.size(path))
-
-
-class _Opened(io.RawIOBase):
-    """An open file whose own calls raise what `reaching` makes of an error, so that what a parser of its content raises
-    is the content's fault."""
-
-    def __init__(self, file: IO[bytes], uri: str) -> None:
-        self._file, self._uri = file, uri
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def read(self, size: int | None = -1) -> bytes:
-        with reaching(self._uri):
-            return self._file.read(-1 if size is None else size)
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        with reaching(self._uri):
-            return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def open_read(uri: str, cache: Cache = "readahead") -> IO[bytes]:
@@ -170,10 +96,10 @@ def open_read(uri: str, cache: Cache = "readahead") -> IO[bytes]:
     Raises: NotFound where there is no such file, AccessError where it may not be read, StoreError where the store cannot be
         reached.
     """
-    filesystem, path = _fresh(uri)
+    filesystem, path = fresh(uri)
     options = {} if is_local(uri) else {"block_size": READAHEAD_BYTES, "cache_type": cache}
     with reaching(uri):
-        return cast(IO[bytes], _Opened(filesystem.open(path, "rb", **options), uri))
+        return cast(IO[bytes], Opened(filesystem.open(path, "rb", **options), uri))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -236,31 +162,12 @@ def _fetch(wanted: Sequence[tuple[str, int | None, int | None]]) -> list[bytes |
             by_filesystem.setdefault(id(filesystem), (filesystem, []))[1].append((index, path))
     for filesystem, places in by_filesystem.values():
         bounds = [wanted[index][1:] for index, _ in places]
-        for (index, _), found in zip(places, _cat_ranges(filesystem, [path for _, path in places], bounds), strict=True):
+        for (index, _), found in zip(places, cat_ranges(filesystem, [path for _, path in places], bounds), strict=True):
             results[index] = found if isinstance(found, bytes) else _said_of(wanted[index][0], found)
     for failed in results:
         if isinstance(failed, StoreError):
             raise failed
     return results
-
-
-def _cat_ranges(filesystem: Any, paths: list[str], bounds: list[tuple[int | None, int | None]]) -> list[bytes | Exception]:
-    """fsspec's `cat_ranges`, which only asynchronous clients do several at a time; the others, threads."""
-    begins, ends = ([bound[side] for bound in bounds] for side in (0, 1))
-    if filesystem.async_impl:
-        options = {"max_concurrency": 1} if "s3" in filesystem.protocol else {}  # else s3fs asks for each size first
-        found: list[bytes | Exception] = filesystem.cat_ranges(paths, begins, ends, on_error="return", **options)
-        return found
-
-    def read(path: str, begin: int | None, end: int | None) -> bytes | Exception:
-        try:
-            content: bytes = filesystem.cat_file(path, start=begin, end=end)
-        except Exception as error:
-            return error
-        return content
-
-    with ThreadPoolExecutor(min(READING_THREADS, len(paths))) as pool:
-        return list(pool.map(read, paths, begins, ends))
 
 
 def _said_of(uri: str, error: Exception) -> UserError:
@@ -293,7 +200,7 @@ def entries(uri: str) -> list[Entry]:
 
     Raises: AccessError where access is denied, StoreError where the store cannot be reached.
     """
-    filesystem, root = _fresh(uri)
+    filesystem, root = fresh(uri)
     root = root.rstrip("/")
     with reaching(uri):
         try:
@@ -329,22 +236,12 @@ def entry_of(path: str, said: dict[str, Any]) -> Entry:
     return Entry(path, int(said.get("size") or 0), version)
 
 
-def list_files(uri: str) -> list[Entry]:
-    """`entries` of a folder that must be there.
-
-    Raises: UserError where there is no such folder, or as `entries`.
-    """
-    if not is_directory(uri):
-        raise UserError(f"no such folder: {uri}")
-    return entries(uri)
-
-
 def glob_files(pattern: str) -> tuple[str, list[Entry]]:
-    """(folder before the first `*`, files as `list_files` gives them) of a pattern.
+    """(folder before the first `*`, files as entries) of a pattern.
 
     Raises: AccessError where access is denied, StoreError where the store cannot be reached.
     """
-    filesystem, full = _fresh(pattern)
+    filesystem, full = fresh(pattern)
     with reaching(pattern):
         found = filesystem.glob(full, detail=True)
     root = posixpath.dirname(full.split("*")[0])
@@ -357,7 +254,7 @@ def modified(uri: str) -> float:
 
     Raises: NotFound where there is no such file; else as `exists`.
     """
-    filesystem, path = _fresh(uri)
+    filesystem, path = fresh(uri)
     with reaching(uri):
         return float(filesystem.modified(path).timestamp())
 

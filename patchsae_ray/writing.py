@@ -18,7 +18,8 @@ from filelock import FileLock
 
 from patchsae_ray.errors import NotFound, StoreError, UserError
 from patchsae_ray.faults import of_code, reaching, s3_code
-from patchsae_ray.storage import READING_THREADS, entries, filesystem_of, info, is_local, join, read_bytes
+from patchsae_ray.filesystems import READING_THREADS, filesystem_of, is_local
+from patchsae_ray.storage import entries, exists, info, join, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -122,34 +123,29 @@ def update(uri: str, change: Callable[[bytes | None], bytes]) -> None:
     """Replace a small file by `change` of its content (None where there is no file), though others update it too.
 
     Local files are locked by a file beside their folder (flock; NFS passes it on to the server, unless mounted with `nolock`
-    or `local_lock`). S3 objects are put with If-Match; a put that was done though its answer was lost is not repeated.
-    Another store has no such condition, and the last writer wins.
+    or `local_lock`). S3 objects are put with If-Match. Another store has no such condition, and the last writer wins.
 
     Args:
         uri: the file.
-        change: may be called again, with what another has written meanwhile; what it raises is passed on.
+        change: may be called again, with what another has written meanwhile, or with its own result where a put was done
+            though its answer was lost: there it must change nothing. What it raises is passed on.
 
     Raises: as `reaching`.
     """
     filesystem, path = filesystem_of(uri)
     if is_local(uri):
-        with reaching(uri), _locked(Path(path).parent):
-            old = Path(path).read_bytes() if Path(path).exists() else None
-            with _temporary(Path(path), change(old)) as temporary:
-                temporary.replace(path)
+        with _locked(Path(path).parent):
+            write_bytes(uri, change(read_bytes(uri) if exists(uri) else None))
         return
-    new: bytes | None = None
     for attempt in range(_TRIES):
         found = info(uri)
         old = read_bytes(uri) if found else None
-        if new is not None and old == new:
-            return
         new = change(old)
         condition: dict[str, Any] = {}
         if "s3" in filesystem.protocol:
             condition = {"IfMatch": found["ETag"]} if found else {"mode": "create"}
         with reaching(uri):
-            if _put(filesystem, path, new, **condition):
+            if new == old or _put(filesystem, path, new, **condition):
                 return
         _pause(attempt)
     raise StoreError(f"cannot write {uri}: others keep changing it")
@@ -231,9 +227,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
     A regular file, since NFS passes on no lock of a folder; it stays, since to remove it would let two in at once.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=_LOCK_SECONDS):
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=_LOCK_SECONDS)
+    with reaching(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def remove(uri: str) -> None:

@@ -16,6 +16,7 @@ from s3fs import S3FileSystem
 from patchsae_ray import faults, storage
 from patchsae_ray.errors import AccessError, NotFound, StoreError, UserError
 from patchsae_ray.faults import as_ours, patiently, reaching
+from patchsae_ray.filesystems import READAHEAD_BYTES
 from patchsae_ray.writing import remove, remove_tree, write_bytes
 from tests.data.makers import parquet_bytes
 from tests.faulty_proxy import LOST, RESET, FaultyProxy
@@ -239,7 +240,7 @@ def test_each_file_is_one_request_and_none_is_fetched_twice(faulty_s3: FaultyPro
     with faulty_s3.counting() as requests, storage.open_read(file) as opened:
         opened.seek(1_000_000)
         opened.read(100_000)
-    assert sum(request.answered for request in requests) <= 100_000 + storage.READAHEAD_BYTES
+    assert sum(request.answered for request in requests) <= 100_000 + READAHEAD_BYTES
     with faulty_s3.counting() as requests, storage.open_read(file, cache="none") as opened:
         opened.seek(5_000_000)
         opened.read(1000)

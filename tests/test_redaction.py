@@ -1,10 +1,13 @@
 """Secrets in URIs are hidden, whatever else a text holds stays."""
 
+import io
 import pickle
 
+import pyarrow.parquet as pq
 import pytest
 
 from patchsae_ray.errors import NotFound, UserError, first_line
+from patchsae_ray.pipelines.tables import errors_parquet
 from patchsae_ray.redaction import redacted, scrubbed
 from patchsae_ray.settings import ExtractSettings, as_dict
 
@@ -67,6 +70,13 @@ def test_errors_never_hold_a_secret() -> None:
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert str(UserError()) == ""
     assert first_line(ValueError("https://u:SECRET@host " + "x" * 300)).startswith("https://u:***@host x")
+
+
+def test_the_list_of_unreadable_images_holds_no_secret() -> None:
+    data = errors_parquet([(3, "https://host/x.parquet?sig=SECRET#3", "cannot read https://u:SECRET@host/x")])
+    assert pq.read_table(io.BytesIO(data)).to_pylist() == [
+        {"position": 3, "path": "https://host/x.parquet?sig=***#3", "reason": "cannot read https://u:***@host/x"}
+    ]
 
 
 def test_settings_are_recorded_without_their_secrets() -> None:

@@ -94,12 +94,12 @@ def read_classnames(source: str) -> tuple[str, ...]:
         from open_clip import IMAGENET_CLASSNAMES  # here, so that `--help` of training stays quick
 
         return tuple(IMAGENET_CLASSNAMES)
-    text = storage.read_text(source)
+    text = storage.read_text(storage.absolute(source))
     names: Any = [line.strip() for line in text.splitlines() if line.strip()]
     if source.endswith(".json"):
         try:
             names = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--classnames {source} is not JSON: {error}") from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"--classnames {source}: expected a list of names, one a class")

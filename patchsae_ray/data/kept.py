@@ -28,6 +28,7 @@ from patchsae_ray.data.manifest import Keeping, Manifest, Reading
 from patchsae_ray.data.sources import Listing, Source, list_source, manifest_of
 from patchsae_ray.data.tables import Part, UnitTable
 from patchsae_ray.errors import NotFound, UserError
+from patchsae_ray.redaction import without_secrets
 from patchsae_ray.writing import write_bytes
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class Sign:
 def find_or_make(source: Source, root_dir: str, relist: bool, runner: TaskRunner | None = None) -> Manifest:
     """The manifest of a source: the kept one where the source has not changed, else made anew, for `keep`.
 
+    A store that does not answer is said at once, as at the start of every job; the runner's tasks are patient.
+
     Args:
         source: the data set.
         root_dir: of the results.
@@ -59,7 +62,7 @@ def find_or_make(source: Source, root_dir: str, relist: bool, runner: TaskRunner
         runner: makes the parts of a large remote source, and has them written where they are kept; other sources, and all
             without a runner, are looked through by this process, and nothing is written yet.
 
-    Raises: UserError where there is nothing to be read, StoreError at once where a store does not answer: no run has begun.
+    Raises: UserError where there is nothing to be read, StoreError where a store does not answer, or stays away for too long.
     """
     folder = storage.absolute(storage.join(root_dir, "out", "manifests"))
     note_name = f"{storage.digest([json.dumps([_NAMING, *asdict(source).values()])])[:16]}.json"
@@ -90,7 +93,7 @@ def _made(source: Source, folder: str, note_name: str, runner: TaskRunner | None
     content = None
     if sign is not None:
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        content = {"format": FORMAT, "source": asdict(source), "created": created, "sign": asdict(sign)}
+        content = {"format": FORMAT, "source": without_secrets(asdict(source)), "created": created, "sign": asdict(sign)}
     return replace(manifest, keeping=Keeping(folder, note_name, content))
 
 

@@ -26,9 +26,12 @@ class TaskRunner(Protocol):
 
 
 def on_threads(work: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """A TaskRunner on threads of this process."""
+    """A TaskRunner on threads of this process.
+
+    Raises: StoreError once a store has stayed away for too long.
+    """
     with ThreadPoolExecutor(THREADS) as pool:
-        yield from pool.map(work, items)
+        yield from pool.map(lambda item: storage.patiently(partial(work, item)), items)
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ class Pass:
             "bad_images": len(self.notes.bad) + len(self.failed),
             "seconds": {stage: round(value, 3) for stage, value in self.seconds().items()},
             "wall_seconds": round(self.wall_seconds(), 3),
+            "devices": self.notes.devices,
             "peak_memory_bytes": {"actor": self.notes.peak_bytes, "driver": peak_bytes()},
         }
 

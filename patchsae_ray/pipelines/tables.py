@@ -7,18 +7,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from patchsae_ray.redaction import redacted
+
 ERRORS_FILE = "errors.parquet"
 """Beside every result: the images that could not be read."""
 
 
 def errors_parquet(bad: list[tuple[int, str, str]]) -> bytes:
-    """errors.parquet: position, path and reason of each unreadable image, by position."""
+    """errors.parquet: position, path and reason of each unreadable image, by position; secrets of URIs are hidden."""
     rows = sorted(bad)
     table = pa.table(
         {
             "position": pa.array([position for position, _, _ in rows], pa.int64()),
-            "path": pa.array([path for _, path, _ in rows], pa.string()),
-            "reason": pa.array([reason for _, _, reason in rows], pa.string()),
+            "path": pa.array([redacted(path) for _, path, _ in rows], pa.string()),
+            "reason": pa.array([redacted(reason) for _, _, reason in rows], pa.string()),
         }
     )
     return parquet_bytes(table)

@@ -105,7 +105,7 @@ def _read_safetensors(path: str, data: bytes) -> tuple[dict[str, Any], dict[str,
         raise UserError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
     try:
         config = json.loads(header.get("__metadata__", {}).get("cfg", "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: the cfg in its metadata is not JSON: {first_line(error)}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: the cfg in its metadata is {type(config).__name__}, a mapping would be right")

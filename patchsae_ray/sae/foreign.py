@@ -91,7 +91,7 @@ def check_beside(path: str, config: Mapping[str, Any]) -> None:
         return
     try:
         beside = json.loads(storage.read_bytes(uri))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{uri}, beside {path}, is not JSON: {error}") from error
     if not isinstance(beside, dict):
         raise UserError(f"{uri}, beside {path}, is no mapping of settings")

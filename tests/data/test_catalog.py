@@ -38,6 +38,17 @@ def test_the_embedded_default() -> None:
     assert train.digest != test.digest
 
 
+def test_home_and_environment_in_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(str(tmp_path / "data" / "train.parquet"), parquet_bytes([0, 1, 2], [0, 1, 2]))
+    (tmp_path / "names.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "mine.yaml").write_text("source: ~/data\nclassnames: $HOME/names.txt\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATCHSAE_CONFIGS", str(tmp_path))
+    manifest = open_dataset("mine", None, None, None)
+    assert (manifest.num_images, manifest.classnames) == (3, ("one", "two", "three"))
+
+
 def test_a_data_set_of_ones_own_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(str(tmp_path / "data" / "a" / "train-0.parquet"), parquet_bytes([0, 1, 2], [0, 1, 2]))
     (tmp_path / "datasets").mkdir()
