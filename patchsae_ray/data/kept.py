@@ -53,14 +53,14 @@ class Sign:
 def find_or_make(source: Source, root_dir: str, relist: bool, runner: TaskRunner | None = None) -> Manifest:
     """The manifest of a source: the kept one where the source has not changed, else made anew, for `keep`.
 
+    A store that does not answer is said at once, as at the start of every job; the runner's tasks are patient.
+
     Args:
         source: the data set.
         root_dir: of the results.
         relist: make it anew in any case.
         runner: makes the parts of a large remote source, and has them written where they are kept; other sources, and all
             without a runner, are looked through by this process, and nothing is written yet.
-
-    A store that does not answer at first says so at once, as at the start of every job; the parts are made patiently.
 
     Raises: UserError where there is nothing to be read, StoreError where a store does not answer, or stays away for too long.
     """

@@ -2,7 +2,6 @@
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def test_few_parts_are_made_here_and_nothing_is_written_before_a_run_begins(tmp_
 
 
 def test_a_store_that_is_away_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The note, the list, the parts and the labels of a kept manifest; each read fails once."""
+    """Once a run is under way: writing the manifest, reading its parts and labels; each request fails once."""
     data, root = f"memory://{tmp_path.name}/away", f"memory://{tmp_path.name}/root"
     for name in ("ant", "bee"):
         write(f"{data}/{name}/1.png", picture(1))
@@ -102,18 +101,18 @@ def test_a_store_that_is_away_for_a_moment_is_waited_for(tmp_path: Path, monkeyp
             raise StoreError("cannot reach it")
         return info(uri)
 
+    made = find_or_make(Source(data), root, False)
     monkeypatch.setattr(storage, "_fetch", once)
     monkeypatch.setattr(storage, "info", asked_once)
     monkeypatch.setattr("patchsae_ray.faults.time.sleep", lambda seconds: None)
-    with pytest.raises(StoreError):  # a job's first request is made once
+    with pytest.raises(StoreError):
         find_or_make(Source(data), root, False)
-    made = keep(storage.patiently(partial(find_or_make, Source(data), root, False)))
-    again = storage.patiently(partial(find_or_make, Source(data), root, False))
-    assert again.digest == made.digest
+    kept_now = keep(made)
+    again = pickle.loads(pickle.dumps(kept_now))
     unit = again.units.read(0)
     assert unit.images.column("name").to_pylist() == [b"ant/1.png", b"bee/1.png"]
     assert unit.images.column("label").to_pylist() == [0, 1]
-    assert len(failed) >= 4
+    assert len([one for one in failed if ".part" in str(one) or ".labels" in str(one)]) >= 2
     assert len(storage.patiently(lambda: decode_unit(unit, again.reading, 8)).positions) == 2
 
 

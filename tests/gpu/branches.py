@@ -24,6 +24,7 @@ BRANCHES: dict[str, tuple[str, ...]] = {
     "measure/residuals.py:ResidualBatches._start_copy": ("tower.residual_batches",),
     "measure/stages.py:StageTimer.mark": ("operations.timing",),
     "measure/steering.py:VARIANT_BYTES": ("tower.steering",),
+    "pipelines/devices.py:device_name": ("operations.device_names",),
     "pipelines/model.py:PortableModel.build_backbone": ("tower.residuals",),
     "pipelines/train_worker.py:TrainWorker.train": ("operations.pinned_batches",),
     "sae/memory.py:PART_BYTES": ("training.peak_memory",),
@@ -38,6 +39,7 @@ BRANCHES: dict[str, tuple[str, ...]] = {
 PLANS: dict[str, str] = {
     "names.py": "the words of --device",
     "pipelines/cluster.py": "shares of a cluster's GPUs, by what Ray says of them",
+    "pipelines/planning.py": "shares of a cluster's GPUs, as pure functions of what it has",
     "pipelines/train_launch.py": "what Ray Train is asked for",
     "pipelines/train_plan.py": "shares of a cluster's GPUs, by what Ray says of them",
 }

@@ -13,6 +13,7 @@ from patchsae_ray.data.mixing import TokenBatch
 from patchsae_ray.measure.latents import LatentStatistics, TopImages
 from patchsae_ray.measure.matmul import matmul_rate
 from patchsae_ray.measure.stages import StageTimer
+from patchsae_ray.pipelines.devices import device_name
 from patchsae_ray.sae import ops
 from patchsae_ray.sae.model import SparseAutoencoder, initialise
 from tests.gpu.figures import Figure, apart, at_most, has_gpu, unequal
@@ -144,7 +145,7 @@ def timing(device: str) -> list[Figure]:
 
 def pinned_batches(device: str) -> list[Figure]:
     """A batch through pinned memory to the device, as training copies it."""
-    batch = TokenBatch(normal(6, 50, WIDTH), torch.arange(50) % 5 == 0, np.zeros((1, 2), np.int64), 10, [])
+    batch = TokenBatch(normal(6, 50, WIDTH), torch.arange(50) % 5 == 0, np.zeros((1, 2), np.int64), np.arange(10), None, [])
     if device != "cuda":
         return [unequal("tokens", batch.x.to(device, torch.float32, non_blocking=True), batch.x)]
     pinned = batch.pinned()
@@ -156,4 +157,10 @@ def pinned_batches(device: str) -> list[Figure]:
     return [at_most("not pinned", held, 0.0), unequal("tokens", there, batch.x), unequal("cls", cls, batch.is_cls)]
 
 
-CASES = (reductions, decoding, masking, long_bags, top_images, timing, pinned_batches)
+def device_names(device: str) -> list[Figure]:
+    """The model of the device, which is on record beside results."""
+    name = device_name(device if has_gpu(device) else "cpu")
+    return [at_most("nameless devices", float(len(name) < 3), 0.0)]
+
+
+CASES = (reductions, decoding, masking, long_bags, top_images, timing, pinned_batches, device_names)
