@@ -53,10 +53,10 @@ def nodes_alive() -> set[str]:
 
 def ended_for_memory(workers: Iterable[str]) -> int:
     """How many of these processes, by their ids, Ray ended because their machine's memory was nearly full."""
+    wanted = set(workers)
     accessor = ray._private.state.state._connect_and_get_accessor()  # there is no public way without a dashboard
-    found = 0
-    for worker in workers:
-        said = accessor.get_worker_info(ray.WorkerID.from_hex(worker))
-        exit_type = gcs_pb2.WorkerTableData.FromString(said).exit_type if said else None
-        found += exit_type == common_pb2.WorkerExitType.NODE_OUT_OF_MEMORY
-    return found
+    table = map(gcs_pb2.WorkerTableData.FromString, accessor.get_worker_table())
+    full = {
+        row.worker_address.worker_id.hex() for row in table if row.exit_type == common_pb2.WorkerExitType.NODE_OUT_OF_MEMORY
+    }
+    return len(wanted & full)

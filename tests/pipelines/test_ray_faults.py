@@ -3,11 +3,16 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import ray
 import ray.exceptions as exceptions
+from ray.core.generated import common_pb2, gcs_pb2
 
-from patchsae_ray.errors import StoreError
+from patchsae_ray.errors import StoreError, UserError
+from patchsae_ray.pipelines.decoding import Attempt
+from patchsae_ray.pipelines.progress import Attempts
 from patchsae_ray.pipelines.ray_faults import lost, out_of_memory
 
 
@@ -50,43 +55,41 @@ def test_a_full_memory_is_the_machine_s() -> None:
     assert lost(exceptions.OutOfMemoryError("low")) == ""
 
 
-FULL = """
-import ray
-from patchsae_ray.errors import UserError
-from patchsae_ray.pipelines.decoding import Attempt
-from patchsae_ray.pipelines.progress import Ledger
-ray.init(address="local", include_dashboard=False, num_cpus=2, object_store_memory=100 * 2**20, log_to_driver=False)
-ledger = ray.remote(num_cpus=0, concurrency_groups={"claims": 1})(Ledger).remote(1)
+class Ledger:
+    """What an attempt asks of the ledger, in this process."""
 
-@ray.remote(max_retries=0)
-def tries(hungry):
-    with Attempt(ledger, "model", 0, "unit 0", most=1) as failed:
-        import time
-        held = bytearray(400 * 2**20 if hungry else 1)
-        time.sleep(60 if hungry else 0)
-    return failed
-
-try:
-    ray.get(tries.remote(True))
-except ray.exceptions.OutOfMemoryError as error:
-    print("ended")
-try:
-    print(ray.get(tries.remote(False)))
-except Exception as error:
-    print(error.cause)
-"""
+    def __init__(self, attempts: Attempts) -> None:
+        for name in ("begin", "end", "ended_for_memory"):
+            setattr(self, name, SimpleNamespace(remote=getattr(attempts, name)))
 
 
-@pytest.mark.ray
-def test_a_unit_whose_processes_ray_ended_for_memory_is_not_given_up_but_the_machine_named() -> None:
-    environment = {
-        **os.environ, "RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100", "RAY_AUTH_MODE": "disabled",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", FULL], capture_output=True, text=True, env=environment, check=False, timeout=200
+def row(worker: str, exit_type: int) -> bytes:
+    """A row of Ray's table of processes."""
+    found = gcs_pb2.WorkerTableData(exit_type=exit_type)
+    found.worker_address.worker_id = bytes.fromhex(worker)
+    return bytes(found.SerializeToString())
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_processes_that_ray_ended_for_memory_are_the_machine_s_and_no_unit_is_given_up(
+    full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    types = common_pb2.WorkerExitType
+    table = [row("ab", types.NODE_OUT_OF_MEMORY if full else types.SYSTEM_ERROR), row("cd", types.NODE_OUT_OF_MEMORY)]
+    monkeypatch.setattr(
+        ray._private.state.state, "_connect_and_get_accessor", lambda: SimpleNamespace(get_worker_table=lambda: table)
     )
-    assert done.stdout.splitlines()[0] == "ended", done.stderr
-    assert "unit 0: Ray ended 1 processes in 'model' because their machine's memory was nearly full" in done.stdout
+    attempts = Attempts(lambda: {"node"})
+    attempts.begin("model", 3, "node", "ab")
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    context = SimpleNamespace(get_node_id=lambda: "node", get_worker_id=lambda: "ef")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    attempt = Attempt(Ledger(attempts), "model", 3, "unit 3", most=1)
+    if full:
+        with pytest.raises(UserError, match=r"unit 3: Ray ended 1 processes in 'model' because .* memory .*fewer --workers"):
+            attempt.__enter__()
+    else:
+        assert attempt.__enter__() == "unit 3 was given up: 1 processes died at it in 'model'"
 
 
 NODES = """
