@@ -96,26 +96,15 @@ class DecodeRow:
         }
 
 
-def prepare_context() -> Any:
-    """Ray Data's context of this process, as our pipelines want it."""
-    context = ray.data.DataContext.get_current()
-    _prepare(context)
-    return context
-
-
 @contextmanager
 def fresh_context() -> Iterator[Any]:
     """A context of Ray Data for the data sets that are made in the `with` block: nothing of it reaches those made later."""
     context = ray.data.DataContext()
-    _prepare(context)
-    with ray.data.DataContext.current(context):
-        yield context
-
-
-def _prepare(context: Any) -> None:
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
     context.execution_no_progress_timeout_s = -1  # ours looks inside the units
+    with ray.data.DataContext.current(context):
+        yield context
 
 
 def decoded_units(manifest: Manifest, units: Sequence[int], image_size: int, plan: Plan, ledger: Any) -> Any:

@@ -21,7 +21,7 @@ from patchsae_ray.errors import UserError
 from patchsae_ray.names import ActivationDtype, Tokens
 from patchsae_ray.pipelines.arrivals import Arrivals
 from patchsae_ray.pipelines.chunk_rows import DecodeChunk, row_of
-from patchsae_ray.pipelines.decoding import Attempt, prepare_context
+from patchsae_ray.pipelines.decoding import Attempt, fresh_context
 from patchsae_ray.pipelines.model import PortableModel
 from patchsae_ray.pipelines.token_sources import AHEAD_CHUNKS, ChunkTower
 from patchsae_ray.pipelines.train_plan import TrainPlan
@@ -115,7 +115,8 @@ class Streamed:
             yield wave
 
     def _dataset(self, wave: Sequence[Chunk], task: Any, stream: str) -> Any:
-        with ray.data.DataContext.current(self._context()):
+        with fresh_context() as context:
+            context.execution_options = self._options()
             rows = ray.data.from_items([row_of(one) for one in wave], override_num_blocks=len(wave))
             decode = DecodeChunk(self.manifest, self.image_size, self.board, stream)
             pools = max(1, self.plan.num_workers)  # each training worker has one of its own
@@ -130,15 +131,13 @@ class Streamed:
                 fn_constructor_args=(task, self.plan, self.board, stream),
             )
 
-    def _context(self) -> Any:
-        """Ray Data's context for a stream alone: blocks in order, and no more of them than the buffer's bound."""
-        context = prepare_context().copy()
+    def _options(self) -> Any:
+        """Blocks in order, and no more of them than the buffer's bound."""
         image_bytes = self.order.drawing.tokens_per_image * self.width * DTYPES[self.task.dtype].itemsize
         store = max(LEAST_STORE_BYTES, self.lanes * self.order.grain.chunk_images * image_bytes // 16)  # beside the lanes
-        context.execution_options = ray.data.ExecutionOptions(
+        return ray.data.ExecutionOptions(
             preserve_order=True, resource_limits=ray.data.ExecutionResources(object_store_memory=store)
         )
-        return context
 
     def _content(self, one: Chunk, arrivals: Arrivals) -> ChunkTokens:
         reference = None

@@ -64,7 +64,12 @@ def train(settings: TrainSettings) -> dict[str, float]:
     def work(session: Session) -> Made:
         return run_training(settings, model, manifest, order, session)
 
-    summary = run_once(settings, folders, work, join=plan_training, anew=settings.overwrite)
+    def join(settings: TrainSettings) -> TrainPlan:
+        if settings.activations is not None:
+            open_cache(settings, model, manifest)  # one that does not fit is refused before anything is begun
+        return plan_training(settings)
+
+    summary = run_once(settings, folders, work, join=join, anew=settings.overwrite)
     log_summary(summary, uri)
     return summary
 
