@@ -27,6 +27,8 @@ class Message:
     """Stage times since its last message."""
     peak_bytes: int = 0
     """Peak resident memory of the worker."""
+    device: str = ""
+    """Model of the device that the worker computes on."""
     most_tokens: int = 0
     """Most tokens that the worker's buffer has held."""
     saved: Kind | None = None

@@ -7,6 +7,7 @@ from typing import Any
 
 from patchsae_ray.data.chunks import LaneOrder
 from patchsae_ray.data.manifest import Manifest
+from patchsae_ray.pipelines.devices import warn_of_several
 from patchsae_ray.pipelines.passes import Pass
 from patchsae_ray.pipelines.progress import LINE_SECONDS, progress_line
 from patchsae_ray.pipelines.resume import ResumeFolder
@@ -57,6 +58,9 @@ class TrainListener:
             self._resume.keep_bad(notes.bad)
         notes.peak_bytes = max(notes.peak_bytes, message.peak_bytes)
         self._most_tokens = max(self._most_tokens, message.most_tokens)
+        if message.device and message.device not in notes.devices:
+            notes.devices = sorted([*notes.devices, message.device])
+            warn_of_several("train", notes.devices)
         for stage, seconds in message.seconds.items():
             notes.seconds[stage] = notes.seconds.get(stage, 0.0) + seconds
         if message.warning:

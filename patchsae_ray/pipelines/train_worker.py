@@ -17,6 +17,7 @@ from patchsae_ray.data.mixing import TokenBatch, TokenMixer
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.matmul import matmul_rate
 from patchsae_ray.measure.stages import peak_bytes
+from patchsae_ray.pipelines.devices import device_name
 from patchsae_ray.pipelines.prefetch import prefetched
 from patchsae_ray.pipelines.resume import AsyncWriter, Kind, ResumeFolder, Saved
 from patchsae_ray.pipelines.token_sources import ChunkSource
@@ -86,6 +87,9 @@ class TrainWorker:
         self._seconds = {"data": 0.0, "step": 0.0}
         self._distinct, self._logged = 0, time.perf_counter()
         self._window: np.ndarray | None = None
+        self._device_name = device_name(self.device)
+        labels = self.run.labels
+        self._num_classes = 0 if labels is None else int(labels.max(initial=0)) + 1
         self._logged_step = self._saved_step = 0
         self._saved_at = time.monotonic()
         self._bad_posted: set[int] = set()
@@ -251,7 +255,7 @@ class TrainWorker:
         }
         message = Message(
             step, self._tokens_after(step), values, seconds=self._seconds, peak_bytes=peak_bytes(),
-            most_tokens=self._mixer.most_tokens,
+            most_tokens=self._mixer.most_tokens, device=self._device_name,
         )  # fmt: skip
         self.board.post(message if self.collective.rank == 0 else replace(message, metrics={}))
         self._seconds, self._distinct = {"data": 0.0, "step": 0.0}, 0
@@ -269,7 +273,7 @@ class TrainWorker:
         values = [np.array([self._seconds["data"], self._distinct, 0 if window is None else len(window)])]
         if labels is not None:
             for positions in (images, np.zeros(0, np.int64) if window is None else window):
-                there = np.zeros(labels.max(initial=0) + 1)
+                there = np.zeros(self._num_classes)
                 there[classes_of(positions, labels)] = 1
                 values.append(there)
         shared = torch.from_numpy(np.concatenate(values)).to(self.device)

@@ -75,6 +75,9 @@ def test_train_writes_checkpoints_that_read_back(train_here: Train, tmp_path: Pa
     assert found.block_layer == -3
     assert set(torch.load(folder / "sae.pt", weights_only=True)["cfg"]) >= RELEASED_LOOKS_UP
     assert (metrics["images"], metrics["steps"]) == (200, 13)
+    run = json.loads((folder / "run.json").read_text())["runs"]["train"]
+    assert len(run["devices"]) == 1
+    assert run["summary"]["distinct_classes"] == run["summary"]["distinct_classes_random"] == 6
     early = read_checkpoint(str(folder / "sae_64_images.pt"))
     assert early.digest != found.digest
     caplog.set_level("INFO")
