@@ -250,14 +250,18 @@ def remove(uri: str) -> None:
             return
 
 
-def remove_tree(uri: str) -> None:
+def remove_tree(uri: str, keep: str | None = None) -> None:
     """Remove a folder and all that is in it, if it is there; what others remove meanwhile is no error.
 
     On S3 a request removes up to 1,000 objects.
 
+    Args:
+        uri: the folder.
+        keep: a folder in it that stays, with all that is in that.
+
     Raises: AccessError or StoreError that names the first file that could not be removed.
     """
-    files = [join(uri, entry.path) for entry in entries(uri)]
+    files = [join(uri, entry.path) for entry in entries(uri) if keep is None or not entry.path.startswith(f"{keep}/")]
     if is_local(uri):
         for file in files:
             remove(file)

@@ -26,6 +26,7 @@ from patchsae_ray.measure.arrays import Arrays
 from patchsae_ray.measure.image_errors import check_finite
 from patchsae_ray.names import ActivationDtype, Tokens
 from patchsae_ray.pipelines import cluster
+from patchsae_ray.pipelines.heartbeat import check_nobody_works
 from patchsae_ray.pipelines.manifests import ManifestTasks
 from patchsae_ray.pipelines.model import LoadedModel, PortableModel, load_model
 from patchsae_ray.pipelines.passes import Pass, UnitPass
@@ -151,7 +152,8 @@ def cache_activations(settings: CacheSettings) -> dict[str, float]:
 def _run(settings: CacheSettings, model: LoadedModel, manifest: Manifest, session: Session) -> Made:
     folder = storage.absolute(session.folder.uri)
     if settings.overwrite:
-        remove_tree(folder)
+        check_nobody_works(storage.join(folder, "bundles"))
+        remove_tree(folder, keep="mlflow")  # where the MLflow run that was just opened is noted
     precision, key = session.plan.precision, session.folder.key
     task = CacheTask(model.portable(precision), settings.tokens, settings.activation_dtype, settings.batch_size, folder, key)
     totals, kept = UnitPass(

@@ -22,6 +22,8 @@ HEARTBEAT_SECONDS = 10.0
 """Between two beats."""
 DEAD_AFTER_SECONDS = 60.0
 """Without a beat for this long, by the observer's own clock, a driver is dead."""
+LOOK_SECONDS = 1.0
+"""Between two looks at a folder that a driver may be at work in."""
 ABSENT_LOOKS = 2
 """Successive looks at a folder in which a driver's heartbeat is missing; one may have been a listing in several pages."""
 
@@ -142,6 +144,37 @@ class Peers:
                 self._pids[driver] = int(said["pid"])
         except (UserError, ValueError, KeyError, TypeError):
             return
+
+
+def check_nobody_works(root: str) -> None:
+    """See that no living driver is at work in a folder, or one below it, whose files are about to be removed.
+
+    A heartbeat that does not say whether its driver lives is watched until it beats, or has been silent for too long.
+
+    Raises: UserError that names the driver's machine; StoreError once the store has stayed away for too long.
+    """
+    there = storage.patiently(lambda: storage.entries(root))
+    inside = {entry.path.rpartition("/")[0] for entry in there if driver_of(entry.path.rpartition("/")[2]) is not None}
+    for folder in sorted(storage.join(root, name) for name in inside):
+        _check_nobody_in(folder)
+
+
+def _check_nobody_in(folder: str) -> None:
+    peers, first = Peers(folder), None
+    while True:
+        found = storage.patiently(lambda: storage.entries(folder))
+        peers.look(found)
+        others = peers.others()
+        if not others:
+            return
+        beats = {entry.path: entry.version for entry in found if driver_of(entry.path) in others}
+        first = first or beats
+        if any(first.get(path) != version for path, version in beats.items()):
+            raise UserError(
+                f"{folder}: a driver on {peers.host(others[0])} is at work there; --overwrite would take its files away, so "
+                "end it first, or write elsewhere"
+            )
+        time.sleep(LOOK_SECONDS)
 
 
 def _this_process() -> dict[str, Any]:

@@ -23,7 +23,9 @@ from patchsae_ray import storage
 from patchsae_ray.backbone.weights import state_digest
 from patchsae_ray.errors import NotFound, UserError
 from patchsae_ray.pipelines.bundles import BadRows
-from patchsae_ray.writing import create, remove, remove_tree, write_bytes
+from patchsae_ray.pipelines.claims import claim_of
+from patchsae_ray.pipelines.heartbeat import driver_of
+from patchsae_ray.writing import create, remove, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -154,8 +156,12 @@ class ResumeFolder:
         return ""
 
     def clear(self) -> None:
-        """Remove the checkpoints of every run of the folder."""
-        remove_tree(self.uri)
+        """Remove the checkpoints of every run of the folder; what says that a driver is at work on this one stays."""
+        for entry in storage.patiently(lambda: storage.entries(self.uri)):
+            key, _, name = entry.path.rpartition("/")
+            at_work = driver_of(name) is not None or claim_of(name) is not None
+            if key != self.key[:16] or not at_work:
+                remove(storage.join(self.uri, entry.path))
 
 
 def _metadata(data: bytes) -> dict[str, str]:

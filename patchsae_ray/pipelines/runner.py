@@ -3,6 +3,7 @@
 import logging
 import posixpath
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -47,6 +48,8 @@ class Session:
     plan: Plan
     tracker: Tracker
     folder: ResultFolder
+    held: ExitStack = field(default_factory=ExitStack)
+    """What is held until the results are committed."""
 
 
 def run_once(
@@ -76,10 +79,13 @@ def run_once(
     plan = join(settings)
     folder = folders[plan.precision]
     folder.check(settings.overwrite)
-    with tracked(settings.root_dir, folder.job, as_dict(settings), folder.uri, folder.key) as tracker:
+    with (
+        tracked(settings.root_dir, folder.job, as_dict(settings), folder.uri, folder.key) as tracker,
+        ExitStack() as held,
+    ):
         tracker.tags({**folder.identity, "run_key": folder.key, "results": folder.uri})
         try:
-            made = work(Session(plan, tracker, folder))
+            made = work(Session(plan, tracker, folder, held))
         except UserError:
             if anew or not folder.done_meanwhile():
                 raise
@@ -98,6 +104,7 @@ def run_once(
         for name, data in made.files.items():
             folder.write(name, data)
         folder.commit(without_secrets({**common, **made.record, **made.tags}))
+        held.close()
         _remove_spent(made)
         tracker.tags(made.tags)
         tracker.metrics(made.metrics, made.step)

@@ -19,13 +19,14 @@ from patchsae_ray.errors import UserError
 from patchsae_ray.figures_train import density_figure, mixing_figure
 from patchsae_ray.pipelines import cluster
 from patchsae_ray.pipelines.cached import cached_tokens, open_cache
+from patchsae_ray.pipelines.heartbeat import check_nobody_works
 from patchsae_ray.pipelines.manifests import ManifestTasks
 from patchsae_ray.pipelines.model import LoadedModel, load_model
 from patchsae_ray.pipelines.results import ResultFolder, run_key
 from patchsae_ray.pipelines.resume import ResumeFolder, Saved
 from patchsae_ray.pipelines.runner import Made, Session, run_once
 from patchsae_ray.pipelines.tables import ERRORS_FILE, errors_parquet
-from patchsae_ray.pipelines.train_claim import check_nobody_trains, sole_driver
+from patchsae_ray.pipelines.train_claim import sole_driver
 from patchsae_ray.pipelines.train_launch import TrainJob, launch
 from patchsae_ray.pipelines.train_listener import TrainListener
 from patchsae_ray.pipelines.train_plan import TrainPlan, plan_training
@@ -88,11 +89,13 @@ def run_training(settings: TrainSettings, model: LoadedModel, manifest: Manifest
         )
     resume = ResumeFolder(storage.absolute(storage.join(folder.uri, "resume")), folder.key, folder.identity)
     if settings.overwrite:
-        check_nobody_trains(resume)
+        check_nobody_works(resume.uri)
+    else:
+        resume.check()
+    session.held.enter_context(sole_driver(resume.own, lambda: not settings.overwrite and folder.done_meanwhile()))
+    if settings.overwrite:
         resume.clear()
-    resume.check()
-    with sole_driver(resume, lambda: not settings.overwrite and folder.done_meanwhile()):
-        return _train(settings, model, keep(manifest), order, session, resume)
+    return _train(settings, model, keep(manifest), order, session, resume)
 
 
 def _train(
