@@ -24,6 +24,11 @@ class Mixing:
         """Of the images at `positions`, each once."""
         return cls(float(len(positions)), None if labels is None else float(len(classes_of(positions, labels))))
 
+    def as_metrics(self, suffix: str = "") -> dict[str, float]:
+        """distinct_images and, with labels, distinct_classes, and the suffix."""
+        classes = {} if self.classes is None else {f"distinct_classes{suffix}": self.classes}
+        return {f"distinct_images{suffix}": self.images, **classes}
+
 
 @dataclass(frozen=True)
 class OrderMixing:
@@ -39,16 +44,12 @@ class OrderMixing:
 
     def as_metrics(self) -> dict[str, float]:
         """By name: distinct_images, distinct_classes, with _random, _window and _window_random; no classes without labels."""
-        found: dict[str, float] = {}
-        pairs = {
-            "": self.batch, "_random": self.batch_at_random,
-            "_window": self.window, "_window_random": self.window_at_random,
-        }  # fmt: skip
-        for suffix, mixing in pairs.items():
-            found[f"distinct_images{suffix}"] = mixing.images
-            if mixing.classes is not None:
-                found[f"distinct_classes{suffix}"] = mixing.classes
-        return found
+        return {
+            **self.batch.as_metrics(),
+            **self.batch_at_random.as_metrics("_random"),
+            **self.window.as_metrics("_window"),
+            **self.window_at_random.as_metrics("_window_random"),
+        }
 
 
 def classes_of(positions: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -4,14 +4,16 @@ import json
 from typing import Any
 
 import numpy as np
+import ray
 
 from patchsae_ray.data.chunks import Chunk
 from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.data.units import DecodedUnit, decode_images
 from patchsae_ray.errors import UserError
-from patchsae_ray.pipelines.decoding import Attempt
+from patchsae_ray.pipelines.decoding import MAX_DEATHS, Attempt
 from patchsae_ray.storage import patiently
 
+_ALONE = "decode by itself"
 IMAGE_DEATHS = 2
 """Processes that an image may take with it, while it is decoded by itself, before it counts as unreadable."""
 
@@ -49,7 +51,10 @@ class DecodeChunk:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         chunk = chunk_of(row)
-        attempt = Attempt(self._board, "decode", (self._stream, chunk.lane, chunk.ordinal), name_of(chunk))
+        images = [(self._stream, position) for position in chunk.positions.tolist()]
+        blamed = int(ray.get(self._board.died.remote(_ALONE, images)))  # deaths that are some image's own
+        key = (self._stream, chunk.lane, chunk.ordinal)
+        attempt = Attempt(self._board, "decode", key, name_of(chunk), MAX_DEATHS + blamed)
         with attempt as failed:
             if failed:
                 raise UserError(failed)
@@ -65,7 +70,7 @@ class DecodeChunk:
         parts = []
         for position in chunk.positions.tolist():
             key = (self._stream, position)
-            with Attempt(self._board, "decode by itself", key, f"image {position}", IMAGE_DEATHS) as failed:
+            with Attempt(self._board, _ALONE, key, f"image {position}", IMAGE_DEATHS) as failed:
                 parts.append(self._unreadable(position, failed) if failed else self._decode(np.array([position])))
         return DecodedUnit(
             np.concatenate([part.pixels for part in parts]),

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -53,6 +53,10 @@ class Attempts:
         deaths = len(earlier)
         earlier.append((node, worker))
         return deaths
+
+    def died(self, stage: str, keys: Sequence[Hashable]) -> int:
+        """Attempts at some pieces that have begun and not ended."""
+        return sum(len(self._open.get((stage, key), [])) for key in keys)
 
     def end(self, stage: str, key: Hashable, node: str, worker: str = "") -> None:
         """One attempt there ended, well or with an error; the deaths of others stay on record."""

@@ -4,7 +4,7 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -171,7 +171,7 @@ def _fit_again_and_again(job: TrainJob, actor: Any, heard: "_Heard", no_progress
 
     Raises: UserError where they die MAX_DEATHS times in a row without a new checkpoint; a machine that was lost is no death.
     """
-    deaths = 0
+    deaths, whole = 0, job.plan
     while True:
         saved = heard.saved_step
         kept = [ray.put(job)]  # in a list, so that Ray Train hands on the reference
@@ -189,29 +189,36 @@ def _fit_again_and_again(job: TrainJob, actor: Any, heard: "_Heard", no_progress
                 f"training workers died {deaths} times without a new checkpoint, the last time: {loss.said}; "
                 "what was trained up to the newest checkpoint stays, and the same command goes on from there"
             )
-        workers = workers_with_room(job.plan)
+        workers = workers_with_room(whole)
         log.warning(
             "train: %s; starting again from the newest checkpoint%s", loss.said,
-            f" with {workers} of {job.plan.num_workers} workers" if workers < job.plan.num_workers else "",
+            f" with {workers} of {whole.num_workers} workers" if workers < whole.num_workers else "",
         )  # fmt: skip
-        job = replace(job, plan=replace(job.plan, num_workers=workers))
+        job = replace(job, plan=whole.with_workers(workers))
 
 
 def workers_with_room(plan: TrainPlan) -> int:
     """How many of a plan's workers the machines that live have room for, at least 1; lost ones are waited for a while.
 
-    The order of the tokens does not depend on the number of workers, so a run goes on with fewer.
+    Where tokens are streamed each worker's share of the actors, and a decoding task, need room too. The order of the tokens
+    does not depend on the number of workers, so a run goes on with fewer.
     """
     deadline = time.monotonic() + ROOM_SECONDS
+    own = {"CPU": plan.worker_cpus, "GPU": plan.worker_gpus}
+    beside = {"CPU": plan.actor_cpus + plan.decode_cpus, "GPU": plan.actor_gpus} if plan.source == "streamed" else {}
     while True:
-        room = 0
-        for node in ray.nodes():
-            has = node["Resources"] if node["Alive"] else {}
-            wanted = {"CPU": plan.worker_cpus, "GPU": plan.worker_gpus}
-            room += int(min(has.get(kind, 0.0) // amount for kind, amount in wanted.items() if amount))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(_fitting(node, own) for node in nodes)  # a worker lies on one machine
+        total = {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in own}
+        room = min(room, _fitting(total, {kind: amount + beside.get(kind, 0.0) for kind, amount in own.items()}))
         if room >= plan.num_workers or time.monotonic() > deadline:
             return max(1, min(plan.num_workers, room))
         time.sleep(POLL_SECONDS)
+
+
+def _fitting(there: Mapping[str, float], wanted: Mapping[str, float]) -> int:
+    """How often what is wanted fits in what is there."""
+    return int(min(there.get(kind, 0.0) // amount for kind, amount in wanted.items() if amount))
 
 
 def _fit(plan: TrainPlan, kept: list[Any], actor: Any) -> None:

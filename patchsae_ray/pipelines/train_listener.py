@@ -47,6 +47,8 @@ class TrainListener:
         """Step of the checkpoint that this driver's run began at."""
         self._metrics: dict[str, float] = {}
         self._step = self._tokens = self._most_tokens = 0
+        self._first = 0
+        """Tokens that were trained on before this driver's run."""
         self._began: tuple[float, int] | None = None
         self._last_line = time.monotonic()
 
@@ -68,7 +70,8 @@ class TrainListener:
         if message.resumed:
             log.info("train: goes on from the checkpoint of step %s", f"{message.step:,}")
             if self._began is None:
-                self.resumed_from = message.step
+                self.resumed_from, self._first = message.step, message.tokens
+            self._step, self._tokens = message.step, message.tokens
             self._began = (time.monotonic(), message.tokens)
         if message.saved == "weights":
             self.weights.add(message.step)
@@ -97,7 +100,6 @@ class TrainListener:
     def summary(self) -> dict[str, float]:
         """The last metrics, and what the run came to."""
         wall = self.kept.wall_seconds()
-        first = self.resumed_from * self._order.drawing.batch_size * self._order.drawing.draw_tokens
         metrics: dict[str, Any] = {
             **self._metrics,
             "images": self._tokens / self._order.drawing.kept_tokens,
@@ -106,7 +108,7 @@ class TrainListener:
             "bad_images": float(len(self.kept.bad)),
             "buffer_tokens_worker": float(self._most_tokens),
             "wall_seconds": wall,
-            "images_per_second": (self._tokens - first) / self._order.drawing.kept_tokens / wall,
-            "tokens_per_second": (self._tokens - first) / wall,
+            "images_per_second": (self._tokens - self._first) / self._order.drawing.kept_tokens / wall,
+            "tokens_per_second": (self._tokens - self._first) / wall,
         }
         return metrics

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import ray
 import torch
@@ -27,6 +27,11 @@ class TrainPlan(Plan):
     source: TokenSource
     on_ray: bool
     """Whether anything runs on Ray at all."""
+
+    def with_workers(self, workers: int) -> "TrainPlan":
+        """The same with fewer workers, and actors in proportion."""
+        low, high = (-(-actors * workers // max(1, self.num_workers)) for actors in (self.min_actors, self.max_actors))
+        return replace(self, num_workers=workers, min_actors=low, max_actors=high)
 
     def describe(self) -> str:
         workers = f"{self.num_workers} worker{'s' * (self.num_workers != 1)}" if self.num_workers else "this process"

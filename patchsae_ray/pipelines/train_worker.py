@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from patchsae_ray.data.chunks import Demand, LaneOrder
-from patchsae_ray.data.mixed import classes_of
+from patchsae_ray.data.mixed import Mixing
 from patchsae_ray.data.mixing import TokenBatch, TokenMixer
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.matmul import matmul_rate
@@ -22,7 +22,7 @@ from patchsae_ray.pipelines.prefetch import prefetched
 from patchsae_ray.pipelines.resume import AsyncWriter, Kind, ResumeFolder, Saved
 from patchsae_ray.pipelines.token_sources import ChunkSource
 from patchsae_ray.pipelines.train_board import Board, Message
-from patchsae_ray.sae.collective import Collective
+from patchsae_ray.sae.collective import Collective, gathered
 from patchsae_ray.sae.model import SparseAutoencoder, geometric_median, initialise
 from patchsae_ray.sae.objective import Objective
 from patchsae_ray.sae.schedules import Schedule
@@ -85,11 +85,9 @@ class TrainWorker:
         self._lanes = range(self.collective.rank, order.lanes, self.collective.size)
         self._writer = AsyncWriter()
         self._seconds = {"data": 0.0, "step": 0.0}
-        self._distinct, self._logged = 0, time.perf_counter()
+        self._logged = time.perf_counter()
         self._window: np.ndarray | None = None
         self._device_name = device_name(self.device)
-        labels = self.run.labels
-        self._num_classes = 0 if labels is None else int(labels.max(initial=0)) + 1
         self._logged_step = self._saved_step = 0
         self._saved_at = time.monotonic()
         self._bad_posted: set[int] = set()
@@ -171,7 +169,7 @@ class TrainWorker:
     def _step(self, trainer: Trainer, step: int, batches: Iterator[TokenBatch]) -> None:
         start = time.perf_counter()
         batch = next(batches)
-        x = batch.x.to(self.device, torch.float32, non_blocking=True) if len(batch.x) else self._no_tokens()
+        x = batch.x.to(self.device, non_blocking=True).to(torch.float32) if len(batch.x) else self._no_tokens()
         is_cls = None if batch.is_cls is None else batch.is_cls.to(self.device, non_blocking=True)
         got = time.perf_counter()
         if step == 0:
@@ -182,7 +180,6 @@ class TrainWorker:
         done = time.perf_counter()
         self._seconds["data"] += got - start
         self._seconds["step"] += done - got
-        self._distinct += len(batch.images)
         self._window = self._window if batch.window_images is None else batch.window_images
         self._post_bad(step + 1, batch)
         if metrics.flag >= _STOP:
@@ -239,7 +236,8 @@ class TrainWorker:
     def _report(self, trainer: Trainer, metrics: StepMetrics, step: int, images: np.ndarray) -> dict[str, Any]:
         """Metrics of all workers' steps since the last report, for the checkpoint; rank 0 leaves them on the board."""
         window = trainer.window_result()
-        wait, mixing = self._shared(images, step - self._logged_step)
+        wait = torch.tensor(self._seconds["data"], dtype=torch.float64, device=self.device)
+        self.collective.sum_(wait)
         now, steps = time.perf_counter(), step - self._logged_step
         seconds = now - self._logged
         tokens = self._tokens_after(step) - self._tokens_after(self._logged_step)
@@ -247,10 +245,10 @@ class TrainWorker:
             **{name: value for name, value in asdict(metrics).items() if name != "flag"},
             **window.as_metrics(),
             "lr": trainer.lr * trainer.schedule.factor(step - 1),
-            **mixing,
+            **self._mixing(images),
             "tokens_per_second": tokens / seconds,
             "images_per_second": tokens / self.run.order.drawing.kept_tokens / seconds,
-            "data_wait_share": min(1.0, wait / self.collective.size / seconds),
+            "data_wait_share": min(1.0, float(wait) / self.collective.size / seconds),
             "model_flop_utilisation": trainer.flops_last_step * steps / seconds / self._rate / self.collective.size,
         }
         message = Message(
@@ -258,35 +256,22 @@ class TrainWorker:
             most_tokens=self._mixer.most_tokens, device=self._device_name,
         )  # fmt: skip
         self.board.post(message if self.collective.rank == 0 else replace(message, metrics={}))
-        self._seconds, self._distinct = {"data": 0.0, "step": 0.0}, 0
+        self._seconds = {"data": 0.0, "step": 0.0}
         self._logged, self._logged_step = now, step
         return {"metrics": values, "latent_density": window.log_density.tolist()}
 
-    def _shared(self, images: np.ndarray, steps: int) -> tuple[float, dict[str, float]]:
-        """Seconds of waiting for data, and how well batches were mixed, over all workers.
+    def _mixing(self, images: np.ndarray) -> dict[str, float]:
+        """Images and classes of the last batch, and of the last whole window, over all workers.
 
         Args:
             images: of this worker's part of the last batch.
-            steps: since the last report.
         """
-        labels, window = self.run.labels, self._window
-        values = [np.array([self._seconds["data"], self._distinct, 0 if window is None else len(window)])]
-        if labels is not None:
-            for positions in (images, np.zeros(0, np.int64) if window is None else window):
-                there = np.zeros(self._num_classes)
-                there[classes_of(positions, labels)] = 1
-                values.append(there)
-        shared = torch.from_numpy(np.concatenate(values)).to(self.device)
-        self.collective.sum_(shared)
-        (wait, distinct, of_window), *classes = np.split(shared.cpu().numpy(), np.cumsum([len(value) for value in values])[:-1])
-        mixing = {"distinct_images": float(distinct) / steps}
-        if classes:
-            mixing["distinct_classes"] = float(np.count_nonzero(classes[0]))
-        if window is not None:
-            mixing["distinct_images_window"] = float(of_window)
-            if classes:
-                mixing["distinct_classes_window"] = float(np.count_nonzero(classes[1]))
-        return float(wait), mixing
+        of_batch = np.unique(gathered(self.collective, images, self.device))
+        metrics = Mixing.of(of_batch, self.run.labels).as_metrics()
+        if self._window is None:  # on all workers alike
+            return metrics
+        of_window = np.unique(gathered(self.collective, self._window, self.device))
+        return {**metrics, **Mixing.of(of_window, self.run.labels).as_metrics("_window")}
 
     def _save_all(self, trainer: Trainer, step: int, batch: TokenBatch, notes: dict[str, Any]) -> None:
         cursors = torch.from_numpy(batch.cursors).to(self.device)

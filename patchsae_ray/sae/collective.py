@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -71,3 +72,18 @@ class Distributed:
             if sent is not gradient:
                 gradient.copy_(sent)
         return [gradient for gradient, _, _ in started]
+
+
+def gathered(collective: Collective, values: np.ndarray, device: str) -> np.ndarray:
+    """The values [m] int64 of all workers, each with an m of its own, end to end by rank.
+
+    As a sum of float64, which holds whole numbers up to 2^53: every worker fills a place of its own.
+    """
+    lengths = torch.zeros(collective.size, dtype=torch.float64, device=device)
+    lengths[collective.rank] = len(values)
+    collective.sum_(lengths)
+    ends = lengths.cpu().numpy().cumsum().astype(np.int64)
+    held = torch.zeros(int(ends[-1]), dtype=torch.float64, device=device)
+    held[int(ends[collective.rank]) - len(values) : int(ends[collective.rank])] = torch.from_numpy(values).to(device)
+    collective.sum_(held)
+    return held.cpu().numpy().astype(np.int64)
