@@ -69,12 +69,12 @@ def folder(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def killing(monkeypatch: pytest.MonkeyPatch, position: int) -> None:
-    """Have the decoder die at an image; an attempt that dies never ends."""
+def killing(monkeypatch: pytest.MonkeyPatch, *killers: int) -> None:
+    """Have the decoder die at some images; an attempt that dies never ends."""
     decode = chunk_rows.decode_images
 
     def dying(manifest: Any, positions: np.ndarray, size: int) -> Any:
-        if position in positions:
+        if set(killers) & set(positions.tolist()):
             raise Killed
         return decode(manifest, positions, size)
 
@@ -108,6 +108,16 @@ def test_an_image_that_kills_its_decoder_is_named_and_the_others_are_not_lost(
     ]
     (again,) = tries(decode, Chunk(3, 8, np.array([1, 4])))
     assert again["positions"].tolist() == [1, 4]
+
+
+def test_two_images_of_a_chunk_that_kill_their_decoders_are_both_named(
+    board: Board, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killing(monkeypatch, 5, 9)
+    decode = DecodeChunk(open_dataset("few", folder, None, None), 16, board, "stream")
+    (row,) = tries(decode, Chunk(3, 7, np.array([2, 5, 9, 11])))
+    assert row["positions"].tolist() == [2, 11]
+    assert [position for position, _, _ in json.loads(row["header"])["bad"]] == [5, 9]
 
 
 def test_a_chunk_whose_decoders_die_without_an_image_to_blame_is_named(

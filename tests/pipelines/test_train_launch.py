@@ -11,6 +11,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines import train_launch
+from patchsae_ray.pipelines.train_plan import TrainPlan
 
 MEMORY = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.\nMemory on the node: …")
 
@@ -18,16 +19,13 @@ MEMORY = ray.exceptions.OutOfMemoryError("Task was killed due to the node runnin
 LOST = ray.exceptions.NodeDiedError("Node 10.0.0.7 died")
 
 
-@dataclass(frozen=True)
-class Plan:
-    num_workers: int = 4
-    worker_cpus: float = 2.0
-    worker_gpus: float = 1.0
+FUSED = TrainPlan("cuda", 0, 0, 1.0, 0.0, 1.0, 1, "bf16", 4, 2.0, 1.0, "fused", on_ray=True)
+STREAMED = TrainPlan("cuda", 2, 2, 0.9, 1.0, 1.0, 1, "bf16", 2, 1.0, 1.0, "streamed", on_ray=True)
 
 
 @dataclass(frozen=True)
 class Job:
-    plan: Plan
+    plan: TrainPlan
 
 
 class Heard:
@@ -48,7 +46,7 @@ def fit(
     """Train with workers that fail in every attempt before `survive`. Returns the number of workers of each attempt."""
     workers = []
 
-    def failing(plan: Plan, *arguments: Any) -> None:
+    def failing(plan: TrainPlan, *arguments: Any) -> None:
         workers.append(plan.num_workers)
         if heard.attempts < survive:
             raise WorkerGroupError("workers failed", failures)
@@ -61,7 +59,7 @@ def fit(
     monkeypatch.setattr(train_launch.ray, "put", lambda value: value)
     monkeypatch.setattr(train_launch.ray, "get", lambda value: value)
     actor = SimpleNamespace(stopped=SimpleNamespace(remote=lambda: ""))
-    train_launch._fit_again_and_again(Job(Plan()), actor, heard, 1.0)  # type: ignore[arg-type]
+    train_launch._fit_again_and_again(Job(FUSED), actor, heard, 1.0)  # type: ignore[arg-type]
     return workers
 
 
@@ -88,6 +86,29 @@ def test_lost_machines_are_no_deaths_and_the_run_goes_on_with_fewer_workers(
     assert "starting again from the newest checkpoint with 3 of 4 workers" in caplog.text
     with pytest.raises(UserError, match=r"died 3 times without a new checkpoint, the last time: training worker 1 died"):
         fit(monkeypatch, Heard(checkpoints=0), {0: LOST, 1: MEMORY})
+
+
+@pytest.mark.parametrize(
+    ("plan", "nodes", "workers"),
+    [
+        (FUSED, [(8, 4)], 4),
+        (FUSED, [(8, 2), (8, 1)], 3),
+        (FUSED, [(3, 4)], 1),
+        (STREAMED, [(8, 2), (8, 2)], 2),
+        (STREAMED, [(8, 2)], 1),  # the other GPU is for the actor, without which the worker would wait for ever
+        (STREAMED, [(4, 1), (4, 1)], 1),
+        (STREAMED, [(8, 0)], 1),  # Ray Train waits for a GPU
+    ],
+)
+def test_workers_with_room(
+    monkeypatch: pytest.MonkeyPatch, plan: TrainPlan, nodes: list[tuple[float, float]], workers: int
+) -> None:
+    there = [{"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}} for cpus, gpus in nodes]
+    monkeypatch.setattr(train_launch.ray, "nodes", lambda: there)
+    monkeypatch.setattr(train_launch, "ROOM_SECONDS", 0.0)
+    assert train_launch.workers_with_room(plan) == workers
+    fewer = plan.with_workers(workers)
+    assert (fewer.num_workers, fewer.min_actors) == (workers, plan.min_actors * workers // plan.num_workers)
 
 
 def test_a_fault_of_ours_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

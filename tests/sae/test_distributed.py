@@ -5,12 +5,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from patchsae_ray.sae.collective import Alone, Collective, Distributed
+from patchsae_ray.sae.collective import Alone, Collective, Distributed, gathered
 from patchsae_ray.sae.objective import Objective
 from patchsae_ray.sae.schedules import Schedule
 from patchsae_ray.sae.trainer import Path as GradientPath
@@ -72,6 +73,8 @@ def worker(rank: int, size: int, folder: str) -> None:
     exact = Distributed()
     found: dict[str, Any] = {"dense": train(exact, "dense"), "sparse": train(exact, "sparse"), "sums": sums(exact)}
     found |= {"compressed": train(Distributed(compress=True), "sparse"), "raised": raised(exact)}
+    values = np.arange(rank * 10, rank * 10 + 2 * rank)  # none of rank 0
+    found["gathered"] = torch.from_numpy(gathered(exact, values, "cpu"))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -125,6 +128,12 @@ def test_bf16_gradients_stay_close(workers: list[dict[str, Any]], alone: dict[st
 
 def test_a_bad_batch_on_one_worker_raises_on_all(workers: list[dict[str, Any]]) -> None:
     assert {worker["raised"] for worker in workers} == {"the loss is nan at step 0"}
+
+
+def test_values_of_all_workers_end_to_end(workers: list[dict[str, Any]]) -> None:
+    expected = [value for rank in range(len(workers)) for value in range(rank * 10, rank * 10 + 2 * rank)]
+    assert all(found["gathered"].tolist() == expected for found in workers)
+    assert gathered(Alone(), np.array([3, 1]), "cpu").tolist() == [3, 1]
 
 
 def test_sums_of_every_type(workers: list[dict[str, Any]]) -> None:
