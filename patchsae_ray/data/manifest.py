@@ -75,6 +75,8 @@ class Manifest:
     """Labels come from names (class folders, strings), numbered in sorted order."""
     encoded_bytes: int = 0
     """Of all images as they lie in their source: files, members, or the compressed image column."""
+    largest_group: int = 0
+    """Rows of the largest row group of Parquet; each piece of one of more than 1,024 reads the whole of it."""
     keeping: Keeping | None = None
     """None where it is kept already, or nowhere."""
 

@@ -221,6 +221,7 @@ def _parquet_manifest(source: Source, listing: Listing, making: Making) -> Manif
     return Manifest(
         source.uri, units, reading, labels.classnames, labels.num_classes, manifest_digest(reading, [*entries, said]),
         labels_are_names=bool(labels.values), encoded_bytes=sum(scan.image_bytes for scan in scans),
+        largest_group=int(group_rows.max()),
     )  # fmt: skip
 
 

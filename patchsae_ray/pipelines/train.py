@@ -13,7 +13,7 @@ from patchsae_ray.data.catalog import open_dataset
 from patchsae_ray.data.chunks import ORDER_VERSION, Drawing, LaneOrder, num_lanes
 from patchsae_ray.data.grains import Grain, RowGroups, SingleImages
 from patchsae_ray.data.kept import keep
-from patchsae_ray.data.manifest import Manifest
+from patchsae_ray.data.manifest import UNIT_SIZE, Manifest
 from patchsae_ray.data.mixed import OrderMixing, order_mixing
 from patchsae_ray.errors import UserError
 from patchsae_ray.figures_train import density_figure, mixing_figure
@@ -133,6 +133,11 @@ def _log_plan(settings: TrainSettings, model: LoadedModel, manifest: Manifest, o
         log.info(
             "train: row groups of %s can only be read whole, and %d of them are mixed; jobs/cache_activations.py, and "
             "--activations with its folder, would mix single images", manifest.source, order.lanes,
+        )  # fmt: skip
+    if isinstance(order.grain, RowGroups) and manifest.largest_group > 2 * UNIT_SIZE:
+        log.info(
+            "train: row groups of up to %s rows are read once for each %d rows that are trained on; row groups of up to %s "
+            "rows, or cached activations, would be read once", f"{manifest.largest_group:,}", UNIT_SIZE, f"{2 * UNIT_SIZE:,}",
         )  # fmt: skip
 
 

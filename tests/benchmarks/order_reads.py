@@ -16,10 +16,12 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from patchsae_ray.data import parquet
 from patchsae_ray.data.activations import ActivationCache, CacheRecord, unit_bytes, unit_file
 from patchsae_ray.data.chunks import Chunk, Demand, Drawing, LaneOrder, num_lanes
 from patchsae_ray.data.grains import Grain, RowGroups, SingleImages
 from patchsae_ray.data.manifest import UNIT_SIZE
+from patchsae_ray.data.shared_cache import SharedCache
 from patchsae_ray.data.sources import build_manifest
 from patchsae_ray.data.units import decode_images
 
@@ -119,6 +121,7 @@ def bytes_read_share(layout: str) -> dict[str, float]:
         if layout == "parquet":
             grain = RowGroups(manifest.group_edges())
         CountedFileSystem.bytes_read, used = 0, 0
+        parquet._groups = SharedCache(0, lambda group: group.images.nbytes)  # as where row groups do not fit
         for chunk in chunks_of(grain):
             found = decode_images(manifest, chunk.positions, SIDE)
             if found.bad:

@@ -27,6 +27,7 @@ BRANCHES: dict[str, tuple[str, ...]] = {
     "pipelines/devices.py:device_name": ("operations.device_names",),
     "pipelines/model.py:PortableModel.build_backbone": ("tower.residuals",),
     "pipelines/train_worker.py:TrainWorker.train": ("operations.pinned_batches",),
+    "sae/gradients.py:product": ("training.gradients",),
     "sae/memory.py:PART_BYTES": ("training.peak_memory",),
     "sae/memory.py:part_bytes": ("training.peak_memory", "training.steps"),
     "sae/ops.py:SLICE_BYTES": ("operations.reductions", "training.gradients"),
@@ -79,6 +80,10 @@ def _mentions(tree: ast.AST) -> bool:
         if isinstance(node, ast.Constant) and node.value in STRINGS:
             return True
         if isinstance(node, ast.Attribute) and node.attr in NAMES:
+            return True
+        if isinstance(node, ast.Compare) and any(
+            isinstance(one, ast.Constant) and one.value == "cpu" for one in ast.walk(node)
+        ):
             return True
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in NAMES:
             return True

@@ -96,10 +96,13 @@ def residual_batches(device: str) -> list[Figure]:
         for count in (1, 16, 37):
             pixels = images(count)
             wanted = backbone.to_hook(torch.from_numpy(pixels))
-            with compiled_on_a_gpu(device), torch.inference_mode():
+            compiling = logging.getLogger("patchsae_ray.measure.compiling")
+            with compiled_on_a_gpu(device), torch.inference_mode(), mock.patch.object(compiling, "warning") as warned:
                 batches = ResidualBatches(load_backbone(*CLIP, device=device, **adapter), 16, device)  # type: ignore[arg-type]
                 found = [x.cpu() for _, x in batches.of(pixels, StageTimer(device))]
             figures.append(apart(f"{name}, {count} images", torch.cat(found), wanted, 1e-5))
+            if has_gpu(device):
+                figures.append(at_most(f"warnings {name}: {warned.call_args}", warned.call_count, 0))
     return figures
 
 
