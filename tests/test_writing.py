@@ -62,6 +62,18 @@ def test_without_hard_links_nothing_is_replaced_either(tmp_path: Path, caplog: p
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["file"]
 
 
+def test_the_umask_is_the_whole_processs_and_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is set to 0 to read it, another thread's files would get rights that nobody has granted."""
+    umask, before = os.umask, os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", lambda mask: pytest.fail(f"the umask is set to {mask:#o}"))
+        write_bytes(str(tmp_path / "written"), b"x")
+        assert create(str(tmp_path / "created"), b"x")
+    finally:
+        umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+
+
 def test_updates_by_many_lose_none(folder: str) -> None:
     uri = storage.join(folder, "results/count")
     with ThreadPoolExecutor(4) as pool:
