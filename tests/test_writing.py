@@ -9,6 +9,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -211,12 +212,39 @@ def test_a_root_that_cannot_be_written(faulty_s3: FaultyProxy, bucket: str, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(UserError) as raised:
+        check_writable(str(tmp_path / "results"))
+    assert type(raised.value) is UserError
+    assert str(raised.value).startswith(f"--root_dir {tmp_path}/results: files in {tmp_path} cannot be locked")
+    assert os.strerror(number) in str(raised.value)
+    assert list(tmp_path.iterdir()) == [], "nothing is left of the trial"
+    with pytest.raises(StoreError, match=os.strerror(number)):
+        update(str(tmp_path / "results" / "count"), lambda old: pytest.fail("done without the lock"))
+
+
+@pytest.mark.parametrize(("ignored", "header"), [("mode", "If-None-Match"), ("IfMatch", "If-Match")])
 def test_a_store_that_ignores_conditions_is_named(
-    faulty_s3: FaultyProxy, bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ignored: str, header: str
 ) -> None:
     filesystem, _ = storage.filesystem_of(bucket)
     whole = filesystem.pipe_file
-    monkeypatch.setattr(filesystem, "pipe_file", lambda *a, mode="", **k: whole(*a, **k))
+
+    def put(*given: Any, **conditions: Any) -> None:
+        whole(*given, **{name: value for name, value in conditions.items() if name != ignored})
+
     with caplog.at_level(logging.WARNING):
         check_writable(bucket)
-    assert "ignores conditional writes" in caplog.text
+        assert not caplog.text
+        monkeypatch.setattr(filesystem, "pipe_file", put)
+        check_writable(bucket)
+    assert f"ignores conditional writes ({header})" in caplog.text
+    assert caplog.text.count("ignores conditional") == 1
+    assert storage.entries(bucket) == []
