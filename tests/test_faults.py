@@ -201,6 +201,30 @@ def test_what_an_error_is_put_down_to(error: Exception, kind: type[UserError]) -
     assert type(as_ours(error, "s3://bucket/x")) is kind
 
 
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ImportError("install gcsfs"), UserError),
+        (ValueError("Protocol not known: nope"), UserError),
+        (PermissionError("the key file"), AccessError),
+        (NoCredentialsError(), AccessError),
+        (ConnectionResetError("the metadata server"), StoreError),
+        (OSError(24, "Too many open files"), StoreError),
+    ],
+    ids=repr,
+)
+def test_a_client_that_cannot_be_made_is_put_down_to_its_cause(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[UserError]
+) -> None:
+    def fail(*given: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("patchsae_ray.filesystems.url_to_fs", fail)
+    with pytest.raises(UserError, match="s3://bucket/x") as raised:
+        storage.read_bytes("s3://bucket/x")
+    assert type(raised.value) is kind
+
+
 def test_running_out_of_memory_is_not_the_stores_fault() -> None:
     with pytest.raises(MemoryError), reaching("s3://bucket/x"):
         raise MemoryError
