@@ -25,6 +25,9 @@ class NotFound(UserError):
 class StoreError(UserError):
     """A file store that does not answer, or not as it should: it may answer later, so this is worth trying again."""
 
+    waited = False
+    """Whether the store has been waited for already, for as long as anyone waits: then it is not worth trying again."""
+
 
 class AccessError(StoreError):
     """A store that refuses the credentials: expired ones may be renewed, so that this is worth trying again too."""

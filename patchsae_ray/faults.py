@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 PATIENCE_SECONDS = 300.0
 """How long a worker goes on trying a store that does not answer."""
+LONG_ATTEMPTS = 3
+"""Attempts longer than that after which the waiting begins anew."""
 
 _ACCESS_CODES = {
     "AccessDenied", "AccountProblem", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId",
@@ -116,14 +118,27 @@ def reaching(uri: str) -> Iterator[None]:
 def patiently(work: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:
     """Do `work`; where the store does not answer or refuses the credentials, try again with growing pauses.
 
-    Raises: StoreError once `seconds` have passed; any other error at once.
+    Only failing uses patience up: it begins at the first failure, however long the work had gone on by then. It begins anew
+    after an attempt that went on for longer than `seconds`, as the store seems to have answered in between; but only
+    `LONG_ATTEMPTS` times, as an attempt may take so long with a store that never answers.
+
+    Raises: StoreError once `seconds` have passed so, or at once where a `patiently` inside `work` has given up; any other
+        error at once.
     """
-    deadline, pause = time.monotonic() + seconds, 0.5
+    deadline: float | None = None
+    anew, pause = LONG_ATTEMPTS, 0.5
     while True:
+        began = time.monotonic()
         try:
             return work()
         except StoreError as error:
-            if time.monotonic() + pause > deadline:
+            failed = time.monotonic()
+            if deadline is None:
+                deadline = failed + seconds
+            elif failed - began > seconds and anew:
+                deadline, anew, pause = failed + seconds, anew - 1, 0.5
+            if error.waited or failed + pause > deadline:
+                error.waited = True
                 raise
             log.warning("%s; trying again in %.1f s", error, pause)
         time.sleep(pause * random.uniform(0.5, 1.5))

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -150,6 +151,73 @@ def test_no_credentials_at_all_are_a_matter_of_access(tmp_path: Path, monkeypatc
     with pytest.raises(AccessError, match=r"no permission for s3://bucket/x: Unable to locate credentials"):
         storage.read_bytes("s3://bucket/x")
     S3FileSystem.clear_instance_cache()
+
+
+class Clock:
+    """Stands in for the `time` module; only what the test says takes time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(faults, "time", made)
+    return made
+
+
+def failing(clock: Clock, attempts: list[float]) -> Callable[[], str]:
+    """Work that fails after each of these times, in seconds, and then is done."""
+    left = list(attempts)
+
+    def work() -> str:
+        if not left:
+            return "done"
+        clock.now += left.pop(0)
+        raise StoreError("cannot reach it")
+
+    return work
+
+
+@pytest.mark.parametrize(
+    "attempts",
+    [[10_000.0], [10_000.0, 0.0, 100.0], [0.0, 250.0, 10_000.0, 0.0, 250.0], [0.0, 100.0, 100.0]],
+    ids=["long work", "it fails again", "a long attempt after others", "short work"],
+)
+def test_only_failing_uses_patience_up(clock: Clock, attempts: list[float]) -> None:
+    assert patiently(failing(clock, attempts), seconds=300) == "done"
+
+
+@pytest.mark.parametrize("each", [0.0, 100.0, 400.0])
+def test_a_store_that_never_answers_is_given_up(clock: Clock, each: float) -> None:
+    """However long the client takes to find out each time."""
+    with pytest.raises(StoreError):
+        patiently(failing(clock, [each] * 1000), seconds=300)
+    assert clock.now <= 6 * (each + 300)
+
+
+def test_what_has_been_waited_for_is_not_waited_for_again(clock: Clock) -> None:
+    """Where a share waits for each of its files, whoever runs the share does not wait once more."""
+    given_up = []
+
+    def share() -> None:
+        try:
+            patiently(failing(clock, [0.0] * 1000), seconds=300)
+        except StoreError as error:
+            given_up.append(clock.now)
+            raise pickle.loads(pickle.dumps(error)) from None
+
+    with pytest.raises(StoreError, match="cannot reach it"):
+        patiently(share, seconds=300)
+    assert len(given_up) == 1
+    assert clock.now == given_up[0]
 
 
 def answer(code: str, status: int, operation: str = "GetObject") -> ClientError:
