@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 class NotFound(UserError):
-    """There is no such file, folder or bucket: the store has answered, and asking again would not change it."""
+    """There is no such file or folder: the store has answered, and asking again would not change it."""
 
 
 class StoreError(UserError):

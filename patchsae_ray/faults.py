@@ -76,7 +76,8 @@ def as_ours(error: Exception, uri: str) -> UserError:
     """An error of a file system (each client has types of its own) as one line that names the URI.
 
     Returns: NotFound where the store has answered that there is no such thing; AccessError where it refuses the credentials,
-        or there are none; UserError where a folder and a file are taken for each other; StoreError for all else.
+        or there are none; UserError where a folder and a file are taken for each other; StoreError for all else, a missing
+        bucket too.
     """
     code, status = s3_code(error), _http_status(error)
     kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -90,8 +91,9 @@ def as_ours(error: Exception, uri: str) -> UserError:
         return UserError(f"{uri}: its file system cannot do this ({first_line(error)})")
     missing = isinstance(error, FileNotFoundError) or status == 404
     if missing and code != "NoSuchUpload":  # of several parts, whose last answer may have been lost
-        bucket = code == "NoSuchBucket" or "bucket does not exist" in str(error)
-        return NotFound(f"no such {'bucket' if bucket else 'file'}: {uri}")
+        if code == "NoSuchBucket" or "bucket does not exist" in str(error):  # which says nothing of the file itself
+            return StoreError(f"no such bucket: {uri}")
+        return NotFound(f"no such file: {uri}")
     return StoreError(f"cannot reach {uri}: {first_line(error)}")
 
 

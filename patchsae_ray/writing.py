@@ -37,8 +37,8 @@ def check_writable(folder: str) -> None:
     rights but those to list, put, get and delete below `folder`. Where new files are not safe from other writers, a line
     says so.
 
-    Raises: UserError where it cannot be written, or no file be locked; NotFound where there is no such bucket; AccessError
-        where the store refuses the credentials; StoreError where it does not answer.
+    Raises: UserError where it cannot be written, or no file be locked; AccessError where the store refuses the credentials;
+        StoreError where it does not answer, or there is no such bucket.
     """
     if not folder:
         raise UserError("--root_dir is empty; a folder or URI is needed")

@@ -107,6 +107,15 @@ def test_of_many_files_only_those_that_are_not_there_are_missing(faulty_s3: Faul
         storage.read_many([absent, file])
 
 
+@pytest.mark.usefixtures("s3_server")
+def test_a_missing_bucket_makes_no_file_a_missing_one() -> None:
+    """In mid-run it may be a wrong endpoint for a while; the image is as good as it was."""
+    for read in (lambda uri: storage.read_many([uri]), storage.read_bytes, lambda uri: storage.open_read(uri).read()):
+        with pytest.raises(StoreError, match=r"no such bucket: s3://nowhere/x$"):
+            read("s3://nowhere/x")
+    assert not storage.exists("s3://nowhere/x"), "at the start of a job this is said at once, as not there"
+
+
 @pytest.mark.usefixtures("s3_server", "short_pauses")
 @pytest.mark.parametrize("place", ["environment", "file"])
 def test_renewed_credentials_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
@@ -240,7 +249,7 @@ class Response:
     ("error", "kind"),
     [
         (answer("NoSuchKey", 404), NotFound),
-        (answer("NoSuchBucket", 404), NotFound),
+        (answer("NoSuchBucket", 404), StoreError),
         (answer("NoSuchUpload", 404, "CompleteMultipartUpload"), StoreError),
         (answer("ExpiredToken", 400), AccessError),
         (answer("400", 400, "HeadObject"), AccessError),

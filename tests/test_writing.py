@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from patchsae_ray import storage, writing
-from patchsae_ray.errors import AccessError, NotFound, StoreError, UserError
+from patchsae_ray.errors import AccessError, StoreError, UserError
 from patchsae_ray.writing import check_writable, create, remove_tree, update, write_bytes
 from tests.faulty_proxy import LOST, FaultyProxy
 
@@ -203,7 +203,7 @@ def test_a_root_that_cannot_be_written(faulty_s3: FaultyProxy, bucket: str, tmp_
     with pytest.raises(AccessError, match="no permission for s3://bucket"):
         check_writable(bucket)
     faulty_s3.pass_all()
-    with pytest.raises(NotFound, match=r"no such bucket: s3://nowhere/run$"):
+    with pytest.raises(StoreError, match=r"no such bucket: s3://nowhere/run$"):
         check_writable("s3://nowhere/run")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is no folder that can be written"):
