@@ -19,11 +19,14 @@ class UserError(Exception):
 
 
 class NotFound(UserError):
-    """There is no such file, folder or bucket: the store has answered, and asking again would not change it."""
+    """There is no such file or folder: the store has answered, and asking again would not change it."""
 
 
 class StoreError(UserError):
     """A file store that does not answer, or not as it should: it may answer later, so this is worth trying again."""
+
+    waited = False
+    """Whether the store has been waited for already, for as long as anyone waits: then it is not worth trying again."""
 
 
 class AccessError(StoreError):

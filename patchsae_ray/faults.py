@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 PATIENCE_SECONDS = 300.0
 """How long a worker goes on trying a store that does not answer."""
+LONG_ATTEMPTS = 3
+"""Attempts longer than that after which the waiting begins anew."""
 
 _ACCESS_CODES = {
     "AccessDenied", "AccountProblem", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId",
@@ -74,7 +76,8 @@ def as_ours(error: Exception, uri: str) -> UserError:
     """An error of a file system (each client has types of its own) as one line that names the URI.
 
     Returns: NotFound where the store has answered that there is no such thing; AccessError where it refuses the credentials,
-        or there are none; UserError where a folder and a file are taken for each other; StoreError for all else.
+        or there are none; UserError where a folder and a file are taken for each other; StoreError for all else, a missing
+        bucket too.
     """
     code, status = s3_code(error), _http_status(error)
     kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -88,8 +91,9 @@ def as_ours(error: Exception, uri: str) -> UserError:
         return UserError(f"{uri}: its file system cannot do this ({first_line(error)})")
     missing = isinstance(error, FileNotFoundError) or status == 404
     if missing and code != "NoSuchUpload":  # of several parts, whose last answer may have been lost
-        bucket = code == "NoSuchBucket" or "bucket does not exist" in str(error)
-        return NotFound(f"no such {'bucket' if bucket else 'file'}: {uri}")
+        if code == "NoSuchBucket" or "bucket does not exist" in str(error):  # which says nothing of the file itself
+            return StoreError(f"no such bucket: {uri}")
+        return NotFound(f"no such file: {uri}")
     return StoreError(f"cannot reach {uri}: {first_line(error)}")
 
 
@@ -116,14 +120,27 @@ def reaching(uri: str) -> Iterator[None]:
 def patiently(work: Callable[[], T], seconds: float = PATIENCE_SECONDS) -> T:
     """Do `work`; where the store does not answer or refuses the credentials, try again with growing pauses.
 
-    Raises: StoreError once `seconds` have passed; any other error at once.
+    Only failing uses patience up: it begins at the first failure, however long the work had gone on by then. It begins anew
+    after an attempt that went on for longer than `seconds`, as the store seems to have answered in between; but only
+    `LONG_ATTEMPTS` times, as an attempt may take so long with a store that never answers.
+
+    Raises: StoreError once `seconds` have passed so, or at once where a `patiently` inside `work` has given up; any other
+        error at once.
     """
-    deadline, pause = time.monotonic() + seconds, 0.5
+    deadline: float | None = None
+    anew, pause = LONG_ATTEMPTS, 0.5
     while True:
+        began = time.monotonic()
         try:
             return work()
         except StoreError as error:
-            if time.monotonic() + pause > deadline:
+            failed = time.monotonic()
+            if deadline is None:
+                deadline = failed + seconds
+            elif failed - began > seconds and anew:
+                deadline, anew, pause = failed + seconds, anew - 1, 0.5
+            if error.waited or failed + pause > deadline:
+                error.waited = True
                 raise
             log.warning("%s; trying again in %.1f s", error, pause)
         time.sleep(pause * random.uniform(0.5, 1.5))

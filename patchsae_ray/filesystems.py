@@ -27,12 +27,14 @@ def is_local(uri: str) -> bool:
 def filesystem_of(uri: str) -> tuple[Any, str]:
     """(fsspec file system, path in it) of a URI.
 
-    Raises: UserError where there is no client for it.
+    Raises: UserError where there is no client for it, or its URI or settings are wrong; else as `reaching`: some clients read
+        credentials, or ask their store, when they are made.
     """
-    try:
-        return url_to_fs(uri, **_options(uri))
-    except Exception as error:
-        raise UserError(f"cannot open {uri}: {first_line(error)}") from error
+    with reaching(uri):
+        try:
+            return url_to_fs(uri, **_options(uri))
+        except (ImportError, ValueError) as error:
+            raise UserError(f"cannot open {uri}: {first_line(error)}") from error
 
 
 def _options(uri: str) -> dict[str, Any]:

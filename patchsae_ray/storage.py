@@ -113,19 +113,49 @@ def read_bytes(uri: str) -> bytes:
     return found
 
 
-def read_many(uris: Sequence[str]) -> list[bytes | NotFound]:
+def read_many(uris: Sequence[str], roots: Sequence[str] = ()) -> list[bytes | NotFound]:
     """Whole files, several at once; for each its bytes, or the error that says that it is not there.
 
     On S3 each file is one GET.
 
+    Args:
+        uris: the files.
+        roots: the folder of each file's data set, where the file should be there: a local one is then missing only where its
+            folder is there, and the data set's is not empty. Else its mount is lost, and may come back.
+
     Raises: StoreError where the store cannot be reached, AccessError where it refuses the credentials.
     """
     contents: list[bytes | NotFound] = []
-    for found in _fetch([(uri, None, None) for uri in uris]):
+    for index, found in enumerate(_fetch([(uri, None, None) for uri in uris])):
         if isinstance(found, UserError) and not isinstance(found, NotFound):
             raise found
+        if isinstance(found, NotFound) and roots and is_local(uris[index]):
+            _refuse_lost(uris[index], roots[index])
         contents.append(found)
     return contents
+
+
+def _refuse_lost(uri: str, root: str) -> None:
+    """Of a local file that was not found.
+
+    Raises: StoreError where that is put down to its mount.
+    """
+    file, top = (Path(filesystem_of(one)[1]) for one in (uri, root))
+    said = ""
+    with reaching(uri):
+        if not file.parent.is_dir():
+            said = f"{file.parent} is not there"
+        elif file.parent == top and _is_empty(top):
+            said = f"{top} is empty"
+        elif file.is_file():
+            said = "it was away for a moment"
+    if said:
+        raise StoreError(f"cannot reach {uri}: {said}")
+
+
+def _is_empty(folder: Path) -> bool:
+    with os.scandir(folder) as found:
+        return next(found, None) is None
 
 
 def read_ranges(wanted: Sequence[tuple[str, int, int]]) -> list[bytes]:

@@ -6,7 +6,6 @@ import os
 import posixpath
 import random
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,17 +26,19 @@ TEMPORARY_PREFIX = ".writing-"
 """Of local files that are not whole yet; a killed job leaves them, `--clean` removes them."""
 _LOCK_SECONDS = 60.0
 _TRIES = 20
+_UNMET = {"If-None-Match": {"mode": "create"}, "If-Match": {"IfMatch": f'"{32 * "0"}"'}}
+"""Header → condition that does not hold for an object which is there: `create` relies on the one, `update` on the other."""
 
 
 def check_writable(folder: str) -> None:
-    """See that whole files can be made, and never replaced, under a folder; what is tried with is removed again.
+    """See that whole files can be made, never replaced, and locked, under a folder; what is tried with is removed again.
 
     The folder itself is not made. On an object store a small object is made under it and removed, so that an identity needs no
     rights but those to list, put, get and delete below `folder`. Where new files are not safe from other writers, a line
     says so.
 
-    Raises: UserError where it cannot be written; NotFound where there is no such bucket; AccessError where the store refuses
-        the credentials; StoreError where it does not answer.
+    Raises: UserError where it cannot be written, or no file be locked; AccessError where the store refuses the credentials;
+        StoreError where it does not answer, or there is no such bucket.
     """
     if not folder:
         raise UserError("--root_dir is empty; a folder or URI is needed")
@@ -50,6 +51,7 @@ def check_writable(folder: str) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"--root_dir {folder}: {nearest} is no folder that can be written")
     with reaching(str(nearest)), _temporary(nearest / "probe", b"") as temporary:
+        _probe_lock(folder, temporary)
         linked = temporary.with_suffix(".link")
         if _link(temporary, linked):
             linked.unlink()
@@ -61,6 +63,19 @@ def check_writable(folder: str) -> None:
             )
 
 
+def _probe_lock(folder: str, file: Path) -> None:
+    try:
+        with _lock_on(file):
+            pass
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        raise UserError(
+            f"--root_dir {folder}: files in {file.parent} cannot be locked ({error.strerror}); a file system with flock is "
+            "needed (on NFSv3: lockd and statd on client and server)"
+        ) from error
+
+
 def _probe_store(folder: str) -> None:
     filesystem, path = filesystem_of(join(folder, f"{TEMPORARY_PREFIX}probe-{secrets.token_hex(8)}"))
     is_s3 = "s3" in filesystem.protocol
@@ -70,8 +85,9 @@ def _probe_store(folder: str) -> None:
             prefix = posixpath.dirname(key)
             filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix and f"{prefix}/", MaxKeys=1)
         _put(filesystem, path, b"1", mode="create")
-        if is_s3 and _put(filesystem, path, b"2", mode="create"):
-            log.warning("%s: this store ignores conditional writes (If-None-Match): run one job at a time on it", folder)
+        for header, condition in _UNMET.items() if is_s3 else ():
+            if _put(filesystem, path, b"2", **condition):
+                log.warning("%s: this store ignores conditional writes (%s): run one job at a time on it", folder, header)
         filesystem.rm_file(path)
 
 
@@ -207,18 +223,15 @@ def _link(source: Path, target: Path) -> bool:
 def _temporary(target: Path, data: bytes) -> Iterator[Path]:
     """A whole, synced temporary file beside the target; gone afterwards unless it was renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f"{TEMPORARY_PREFIX}{target.name}.")
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:  # with the rights that the process's umask leaves
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        yield Path(name)
+        yield temporary
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -227,7 +240,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
     A regular file, since NFS passes on no lock of a folder; it stays, since to remove it would let two in at once.
     """
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=_LOCK_SECONDS)
+    lock = _lock_on(folder.with_name(f".{folder.name}.lock"))
     with reaching(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -235,6 +248,11 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _lock_on(file: Path) -> FileLock:
+    """By flock or not at all: a lock by the file's mere existence would outlive a killed writer."""
+    return FileLock(file, timeout=_LOCK_SECONDS, fallback_to_soft=False)
 
 
 def remove(uri: str) -> None:

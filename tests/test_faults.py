@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -106,6 +107,15 @@ def test_of_many_files_only_those_that_are_not_there_are_missing(faulty_s3: Faul
         storage.read_many([absent, file])
 
 
+@pytest.mark.usefixtures("s3_server")
+def test_a_missing_bucket_makes_no_file_a_missing_one() -> None:
+    """In mid-run it may be a wrong endpoint for a while; the image is as good as it was."""
+    for read in (lambda uri: storage.read_many([uri]), storage.read_bytes, lambda uri: storage.open_read(uri).read()):
+        with pytest.raises(StoreError, match=r"no such bucket: s3://nowhere/x$"):
+            read("s3://nowhere/x")
+    assert not storage.exists("s3://nowhere/x"), "at the start of a job this is said at once, as not there"
+
+
 @pytest.mark.usefixtures("s3_server", "short_pauses")
 @pytest.mark.parametrize("place", ["environment", "file"])
 def test_renewed_credentials_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
@@ -152,6 +162,73 @@ def test_no_credentials_at_all_are_a_matter_of_access(tmp_path: Path, monkeypatc
     S3FileSystem.clear_instance_cache()
 
 
+class Clock:
+    """Stands in for the `time` module; only what the test says takes time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(faults, "time", made)
+    return made
+
+
+def failing(clock: Clock, attempts: list[float]) -> Callable[[], str]:
+    """Work that fails after each of these times, in seconds, and then is done."""
+    left = list(attempts)
+
+    def work() -> str:
+        if not left:
+            return "done"
+        clock.now += left.pop(0)
+        raise StoreError("cannot reach it")
+
+    return work
+
+
+@pytest.mark.parametrize(
+    "attempts",
+    [[10_000.0], [10_000.0, 0.0, 100.0], [0.0, 250.0, 10_000.0, 0.0, 250.0], [0.0, 100.0, 100.0]],
+    ids=["long work", "it fails again", "a long attempt after others", "short work"],
+)
+def test_only_failing_uses_patience_up(clock: Clock, attempts: list[float]) -> None:
+    assert patiently(failing(clock, attempts), seconds=300) == "done"
+
+
+@pytest.mark.parametrize("each", [0.0, 100.0, 400.0])
+def test_a_store_that_never_answers_is_given_up(clock: Clock, each: float) -> None:
+    """However long the client takes to find out each time."""
+    with pytest.raises(StoreError):
+        patiently(failing(clock, [each] * 1000), seconds=300)
+    assert clock.now <= 6 * (each + 300)
+
+
+def test_what_has_been_waited_for_is_not_waited_for_again(clock: Clock) -> None:
+    """Where a share waits for each of its files, whoever runs the share does not wait once more."""
+    given_up = []
+
+    def share() -> None:
+        try:
+            patiently(failing(clock, [0.0] * 1000), seconds=300)
+        except StoreError as error:
+            given_up.append(clock.now)
+            raise pickle.loads(pickle.dumps(error)) from None
+
+    with pytest.raises(StoreError, match="cannot reach it"):
+        patiently(share, seconds=300)
+    assert len(given_up) == 1
+    assert clock.now == given_up[0]
+
+
 def answer(code: str, status: int, operation: str = "GetObject") -> ClientError:
     return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, operation)
 
@@ -172,7 +249,7 @@ class Response:
     ("error", "kind"),
     [
         (answer("NoSuchKey", 404), NotFound),
-        (answer("NoSuchBucket", 404), NotFound),
+        (answer("NoSuchBucket", 404), StoreError),
         (answer("NoSuchUpload", 404, "CompleteMultipartUpload"), StoreError),
         (answer("ExpiredToken", 400), AccessError),
         (answer("400", 400, "HeadObject"), AccessError),
@@ -199,6 +276,30 @@ class Response:
 )
 def test_what_an_error_is_put_down_to(error: Exception, kind: type[UserError]) -> None:
     assert type(as_ours(error, "s3://bucket/x")) is kind
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ImportError("install gcsfs"), UserError),
+        (ValueError("Protocol not known: nope"), UserError),
+        (PermissionError("the key file"), AccessError),
+        (NoCredentialsError(), AccessError),
+        (ConnectionResetError("the metadata server"), StoreError),
+        (OSError(24, "Too many open files"), StoreError),
+    ],
+    ids=repr,
+)
+def test_a_client_that_cannot_be_made_is_put_down_to_its_cause(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[UserError]
+) -> None:
+    def fail(*given: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("patchsae_ray.filesystems.url_to_fs", fail)
+    with pytest.raises(UserError, match="s3://bucket/x") as raised:
+        storage.read_bytes("s3://bucket/x")
+    assert type(raised.value) is kind
 
 
 def test_running_out_of_memory_is_not_the_stores_fault() -> None:

@@ -9,11 +9,12 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from patchsae_ray import storage, writing
-from patchsae_ray.errors import AccessError, NotFound, StoreError, UserError
+from patchsae_ray.errors import AccessError, StoreError, UserError
 from patchsae_ray.writing import check_writable, create, remove_tree, update, write_bytes
 from tests.faulty_proxy import LOST, FaultyProxy
 
@@ -60,6 +61,18 @@ def test_without_hard_links_nothing_is_replaced_either(tmp_path: Path, caplog: p
         check_writable(str(tmp_path / "folder"))
     assert "has no hard links" in caplog.text
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["file"]
+
+
+def test_the_umask_is_the_whole_processs_and_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is set to 0 to read it, another thread's files would get rights that nobody has granted."""
+    umask, before = os.umask, os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", lambda mask: pytest.fail(f"the umask is set to {mask:#o}"))
+        write_bytes(str(tmp_path / "written"), b"x")
+        assert create(str(tmp_path / "created"), b"x")
+    finally:
+        umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_updates_by_many_lose_none(folder: str) -> None:
@@ -190,7 +203,7 @@ def test_a_root_that_cannot_be_written(faulty_s3: FaultyProxy, bucket: str, tmp_
     with pytest.raises(AccessError, match="no permission for s3://bucket"):
         check_writable(bucket)
     faulty_s3.pass_all()
-    with pytest.raises(NotFound, match=r"no such bucket: s3://nowhere/run$"):
+    with pytest.raises(StoreError, match=r"no such bucket: s3://nowhere/run$"):
         check_writable("s3://nowhere/run")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is no folder that can be written"):
@@ -199,12 +212,39 @@ def test_a_root_that_cannot_be_written(faulty_s3: FaultyProxy, bucket: str, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(UserError) as raised:
+        check_writable(str(tmp_path / "results"))
+    assert type(raised.value) is UserError
+    assert str(raised.value).startswith(f"--root_dir {tmp_path}/results: files in {tmp_path} cannot be locked")
+    assert os.strerror(number) in str(raised.value)
+    assert list(tmp_path.iterdir()) == [], "nothing is left of the trial"
+    with pytest.raises(StoreError, match=os.strerror(number)):
+        update(str(tmp_path / "results" / "count"), lambda old: pytest.fail("done without the lock"))
+
+
+@pytest.mark.parametrize(("ignored", "header"), [("mode", "If-None-Match"), ("IfMatch", "If-Match")])
 def test_a_store_that_ignores_conditions_is_named(
-    faulty_s3: FaultyProxy, bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ignored: str, header: str
 ) -> None:
     filesystem, _ = storage.filesystem_of(bucket)
     whole = filesystem.pipe_file
-    monkeypatch.setattr(filesystem, "pipe_file", lambda *a, mode="", **k: whole(*a, **k))
+
+    def put(*given: Any, **conditions: Any) -> None:
+        whole(*given, **{name: value for name, value in conditions.items() if name != ignored})
+
     with caplog.at_level(logging.WARNING):
         check_writable(bucket)
-    assert "ignores conditional writes" in caplog.text
+        assert not caplog.text
+        monkeypatch.setattr(filesystem, "pipe_file", put)
+        check_writable(bucket)
+    assert f"ignores conditional writes ({header})" in caplog.text
+    assert caplog.text.count("ignores conditional") == 1
+    assert storage.entries(bucket) == []

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from patchsae_ray import storage
 from patchsae_ray.data.listing import NOTHING, Branch, Listed, joined, list_branch
 from patchsae_ray.data.making import parts_of
 from patchsae_ray.data.manifest import readable
@@ -30,7 +32,7 @@ class FolderShare:
 
 def branches_share(found: Sequence[Branch], root: str, folder: str | None) -> tuple[FolderShare, Listed]:
     """Some branches' images as a share, and what else is there."""
-    listed = joined(map(list_branch, found))
+    listed = joined(storage.patiently(partial(list_branch, branch)) for branch in found)
     share = share_of(listed.images, root, folder)
     return share, replace(listed, images=NOTHING)
 

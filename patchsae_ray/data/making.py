@@ -65,17 +65,17 @@ def parts_of(rows: pa.Table, folder: str | None) -> tuple[Part, ...]:
 def kept_part(part: Part, folder: str) -> Part:
     """A part as a file of the folder, named by its content, so that it is the same whoever writes it.
 
-    Raises: UserError where the folder cannot be written, StoreError where the store does not answer.
+    Raises: UserError where the folder cannot be written, StoreError once its store has stayed away for too long.
     """
     if part.uri:
         return part
-    return Part(part.count, uri=write_named(folder, part.data, ".part"))
+    return Part(part.count, uri=storage.patiently(partial(write_named, folder, part.data, ".part")))
 
 
 def write_named(folder: str, data: bytes, extension: str) -> str:
     """Write a file whose name is the digest of its content. Returns its URI.
 
-    Raises: as `kept_part`.
+    Raises: UserError where the folder cannot be written, StoreError where the store does not answer.
     """
     uri = storage.join(folder, f"{storage.digest([data])}{extension}")
     if not create(uri, data) and storage.read_bytes(uri) != data:

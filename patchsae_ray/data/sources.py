@@ -228,7 +228,8 @@ def _parquet_manifest(source: Source, listing: Listing, making: Making) -> Manif
 def _parquet_share(
     files: Sequence[storage.Entry], root: str, columns: tuple[str, str], folder: str | None
 ) -> tuple[tuple[Part, ...], list[ParquetScan]]:
-    scans = [scan_parquet(storage.join(root, file.path), file.size, *columns) for file in files]
+    looks = [partial(scan_parquet, storage.join(root, file.path), file.size, *columns) for file in files]
+    scans = [storage.patiently(look) for look in looks]  # each file, lest one failure have all of them read again
     counts = [scan.rows for scan in scans]
     file = np.repeat(np.arange(len(scans)), counts)
     at = np.concatenate([np.arange(count) for count in counts])
@@ -275,7 +276,7 @@ def _tar_share(files: Sequence[storage.Entry], root: str, folder: str | None) ->
     summaries: list[TarSummary] = []
     for file in files:
         uri = storage.join(root, file.path)
-        scan = scan_tar(uri)
+        scan = storage.patiently(partial(scan_tar, uri))  # not all of the share's again
         nothing = np.zeros(len(scan.names), np.int64)
         names, at, sizes = pa.array(scan.names, pa.binary()), np.array(scan.at, np.int64), np.array(scan.sizes, np.int64)
         parts += parts_of(rows_of([uri], nothing, names, at, sizes), folder)

@@ -147,7 +147,7 @@ def _from_folder(images: pa.RecordBatch) -> Iterator[bytes | UserError]:
     for start in range(0, len(names), FILES_AT_ONCE):
         some = slice(start, start + FILES_AT_ONCE)
         yield from storage.read_many(
-            [storage.join(root, os.fsdecode(name)) for root, name in zip(roots[some], names[some], strict=True)]
+            [storage.join(root, os.fsdecode(name)) for root, name in zip(roots[some], names[some], strict=True)], roots[some]
         )
 
 

@@ -10,8 +10,8 @@ import pytest
 from patchsae_ray import storage
 from patchsae_ray.data.sources import build_manifest
 from patchsae_ray.data.units import DecodedUnit, decode_images, decode_unit
-from patchsae_ray.errors import StoreError, UserError
-from tests.data.makers import parquet_bytes, picture, tar_bytes
+from patchsae_ray.errors import NotFound, StoreError, UserError
+from tests.data.makers import parquet_bytes, picture, tar_bytes, write
 
 
 def damaged_group(data: bytes, group: int) -> bytes:
@@ -101,3 +101,32 @@ def test_a_store_that_does_not_answer_is_no_bad_image(tmp_path: Path, form: str,
         decode_images(manifest, manifest.units.edges()[:1], 8)
     monkeypatch.undo()
     assert len(decode_unit(manifest.units[0], manifest.reading, 8).positions) == manifest.num_images
+
+
+@pytest.mark.parametrize("names", [["ant/1.png", "bee/1.png"], ["1.png", "2.png"]], ids=["classes", "flat"])
+def test_a_lost_mount_makes_no_bad_image(tmp_path: Path, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    data, away = tmp_path / "data", tmp_path / "away"
+    for number, name in enumerate(names):
+        write(str(data / name), picture(number))
+    manifest = build_manifest(str(data))
+
+    def read() -> tuple[int, list[str]]:
+        found = decode_unit(manifest.units[0], manifest.reading, 8)
+        return len(found.positions), [path for _, path, _ in found.bad]
+
+    data.rename(away)
+    with pytest.raises(StoreError, match=rf"cannot reach {data}/\S+: {data}\S* is not there"):  # by autofs
+        read()
+    data.mkdir()
+    with pytest.raises(StoreError, match=rf"cannot reach {data}/\S+: {data}\S* is (not there|empty)"):  # the mount point
+        read()
+    data.rmdir()
+    away.rename(data)
+    assert read() == (2, [])
+    fetch = storage._fetch
+    monkeypatch.setattr(storage, "_fetch", lambda wanted: [NotFound("no such file"), *fetch(wanted[1:])])
+    with pytest.raises(StoreError, match="it was away for a moment"):
+        read()
+    monkeypatch.undo()
+    (data / names[0]).unlink()
+    assert read() == (1, [names[0]]), "an image that is gone, even the last of its class folder, is a bad one"

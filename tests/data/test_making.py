@@ -1,6 +1,7 @@
 """A manifest is the same whoever makes its parts, and however it is cut."""
 
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,37 @@ def test_a_store_that_is_away_for_a_moment_is_waited_for(tmp_path: Path, monkeyp
     assert unit.images.column("label").to_pylist() == [0, 1]
     assert len([one for one in failed if ".part" in str(one) or ".labels" in str(one)]) >= 2
     assert len(storage.patiently(lambda: decode_unit(unit, again.reading, 8)).positions) == 2
+
+
+@pytest.mark.parametrize("form", ["folder", "parquet", "tar"])
+def test_a_store_that_is_away_costs_a_share_one_file_and_not_all(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file is looked into, and each part written, once more than it failed; all lie in one share."""
+    data = f"memory://{tmp_path.name}/{form}"
+    make_source(data, form)
+    undisturbed = build_manifest(data)
+    monkeypatch.setattr(sources, "SHARES", 1)
+    monkeypatch.setattr(making, "TASKS_FROM", 1)
+    monkeypatch.setattr("patchsae_ray.faults.time.sleep", lambda seconds: None)
+    asked: Counter[str] = Counter()
+
+    def failing_once(function: Callable[..., Any]) -> Callable[..., Any]:
+        def asked_for(*given: Any) -> Any:
+            asked[repr(given)] += 1
+            if asked[repr(given)] == 1:
+                raise StoreError("cannot reach it")
+            return function(*given)
+
+        return asked_for
+
+    for module, name in ((folders, "list_branch"), (sources, "scan_parquet"), (sources, "scan_tar"), (making, "create")):
+        monkeypatch.setattr(module, name, failing_once(getattr(module, name)))
+    found = find_or_make(Source(data), str(tmp_path / "root"), False, lambda work, items: map(work, items))
+    monkeypatch.undo()
+    same(undisturbed, found)
+    assert len(asked) > 16
+    assert set(asked.values()) == {2}
 
 
 def test_a_kept_manifest_of_an_older_version_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
