@@ -14,6 +14,7 @@ from patchsae_ray.data.kept import wanted_files
 from patchsae_ray.errors import StoreError, UserError
 from patchsae_ray.pipelines.bundles import SUFFIX, bundle_units
 from patchsae_ray.pipelines.claims import claim_of
+from patchsae_ray.pipelines.given_up import failed_of
 from patchsae_ray.pipelines.heartbeat import driver_of
 from patchsae_ray.writing import TEMPORARY_PREFIX, check_writable, remove, remove_empty, remove_tree, write_bytes
 
@@ -162,7 +163,7 @@ def _folders(root_dir: str, files: Iterable[_File], now: float) -> Iterator[Left
 
 def _is_of_a_pass(name: str) -> bool:
     ours = name.endswith(SUFFIX) or name.startswith(TEMPORARY_PREFIX)
-    return ours or claim_of(name) is not None or driver_of(name) is not None
+    return ours or any(read(name) is not None for read in (claim_of, driver_of, failed_of))
 
 
 def _remove_folder(uri: str) -> None:

@@ -21,6 +21,7 @@ from patchsae_ray.pipelines.bundles import BadRows, Bundle, BundleFolder, Notes,
 from patchsae_ray.pipelines.claims import Claims, Held
 from patchsae_ray.pipelines.cluster import several_machines
 from patchsae_ray.pipelines.devices import warn_of_several
+from patchsae_ray.pipelines.given_up import GivenUp
 from patchsae_ray.pipelines.heartbeat import Heartbeat, Peers
 from patchsae_ray.pipelines.merging import helpers, merged_contents, naming_the_image
 from patchsae_ray.pipelines.pass_record import Pass
@@ -39,6 +40,14 @@ PAUSE_SECONDS = 5.0
 """After the first of them, and longer after each; also between two looks at what others do."""
 
 T = TypeVar("T", bound=Totals)
+
+
+@dataclass(frozen=True)
+class _Others:
+    """What a driver knows of the others: the units that they have claimed, and those that they have given up."""
+
+    claims: Claims
+    given_up: GivenUp
 
 
 @dataclass
@@ -93,7 +102,7 @@ class UnitPass(Generic[T]):
         log.info("%s: %s images in %s units", self.what, f"{kept.num_images:,}", f"{kept.num_units:,}")
         failed: dict[int, str] = {}
         with Heartbeat(self.folder.uri) as heartbeat, naming_the_image(self.whole or self.manifest):
-            chosen = self._cover(kept, failed, heartbeat.driver)
+            chosen = self._cover(kept, failed, self._others(heartbeat.driver))
             kept.failed = [row for unit, reason in failed.items() for row in self._rows_of(unit, reason)]
             totals = self._merge(chosen, kept)
         self._check_once(kept, failed)
@@ -114,16 +123,19 @@ class UnitPass(Generic[T]):
         if kept.notes.units != wanted or images != kept.num_images:
             raise RuntimeError(f"{len(kept.notes.units)} of {len(wanted)} units merged, {images} of {kept.num_images} images")
 
-    def _cover(self, kept: Pass, failed: dict[int, str], driver: str) -> list[Bundle]:
+    def _others(self, driver: str) -> _Others:
+        uri, peers = self.folder.uri, Peers(self.folder.uri)
+        return _Others(Claims(uri, len(self.manifest.units), driver, peers), GivenUp(uri, driver, peers))
+
+    def _cover(self, kept: Pass, failed: dict[int, str], others: _Others) -> list[Bundle]:
         """Run units until bundles hold all but those that were given up, by this driver and others. Returns the bundles.
 
         Args:
             kept: told what was done.
             failed: unit → why it was given up; filled.
-            driver: this one.
+            others: what is known of the other drivers.
         """
-        claims = Claims(self.folder.uri, kept.num_units, driver, Peers(self.folder.uri))
-        chosen, missing = self._look(claims, kept, failed)
+        chosen, missing = self._look(others, kept, failed)
         kept.units_before = kept.num_units - len(missing)
         if kept.units_before:
             log.info("%s: %s units were done by earlier runs", self.what, f"{kept.units_before:,}")
@@ -137,46 +149,52 @@ class UnitPass(Generic[T]):
             fruitless = 0
             while missing:
                 waves.progress.elsewhere(self._done_elsewhere(missing, failed, kept))
-                units, held = claims.split(missing)
+                units, held = others.claims.split(missing)
                 if units:
                     waves.progress.note("")
-                    fruitless = 0 if self._run_wave(waves, units[:WAVE_UNITS], claims, kept, failed) else fruitless + 1
+                    fruitless = 0 if self._run_wave(waves, units[:WAVE_UNITS], others, kept, failed) else fruitless + 1
                 else:
                     self._wait(waves, held)
                 if fruitless:
                     self._pause(fruitless, missing)
-                chosen, missing = self._look(claims, kept, failed)
+                chosen, missing = self._look(others, kept, failed)
         return chosen
 
-    def _look(self, claims: Claims, kept: Pass, failed: dict[int, str]) -> tuple[list[Bundle], list[int]]:
-        """What is committed, and what is still to be run, by whomever.
+    def _look(self, others: _Others, kept: Pass, failed: dict[int, str]) -> tuple[list[Bundle], list[int]]:
+        """What is committed, and what is still to be run, by whomever; units that others have given up are not.
 
         Raises: UserError where another driver has finished the run, and taken the bundles away.
         """
         entries = self.folder.entries()
-        claims.look(entries)
+        others.claims.look(entries)
+        given_up = others.given_up.look(entries)
         chosen = choose({*self.folder.list(entries), *kept.committed.values()})
         absent = uncovered(chosen, kept.num_units).tolist()
         for unit in set(failed).difference(absent):  # another driver has done it
             failed.pop(unit)
             kept.tally.forget(unit)
+        for unit in sorted(set(given_up).intersection(absent).difference(failed)):
+            self._give_up(unit, given_up[unit], kept, failed)
         missing = [unit for unit in absent if unit not in failed]
         if missing and not self._finished_before and self.session.folder.done_meanwhile():
             remove_tree(self.folder.uri)
             raise UserError(f"{self.what}: another driver has finished this run")
         return chosen, missing
 
-    def _run_wave(self, waves: Waves, units: Sequence[int], claims: Claims, kept: Pass, failed: dict[int, str]) -> bool:
+    def _run_wave(self, waves: Waves, units: Sequence[int], others: _Others, kept: Pass, failed: dict[int, str]) -> bool:
         """Run units. Returns whether anything came of it."""
         before = len(kept.committed) + len(failed)
-        for receipt in waves.run(units, claims.desk()):
+        for receipt in waves.run(units, others.claims.desk()):
             for unit, reason in receipt.failed:
-                failed[unit] = reason
-                count, first = int(self._sizes[unit]), self._rows_of(unit, reason)[0]
-                kept.tally.add(unit, count, first)
-                log.warning("%s: %s", self.what, reason)
+                self._give_up(unit, reason, kept, failed)
+                others.given_up.write(unit, reason)
             kept.take(receipt)
         return len(kept.committed) + len(failed) > before
+
+    def _give_up(self, unit: int, reason: str, kept: Pass, failed: dict[int, str]) -> None:
+        failed[unit] = reason
+        kept.tally.add(unit, int(self._sizes[unit]), self._rows_of(unit, reason)[0])
+        log.warning("%s: %s", self.what, reason)
 
     def _done_elsewhere(self, missing: list[int], failed: Mapping[int, str], kept: Pass) -> int:
         """Images of the units that earlier runs and other drivers have committed."""

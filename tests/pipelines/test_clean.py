@@ -34,14 +34,20 @@ BUNDLES = "out/feature_data/base/many/bundles"
 
 
 def test_bundles_claims_and_heartbeats_of_a_dead_pass_go_together(tmp_path: Path) -> None:
-    for name in ("0000000000.1-1.bundle", "claim-000000.0", "alive-12.json", ".writing-0000000003..bundle.abc"):
+    for name in (
+        "0000000000.1-1.bundle",
+        "claim-000000.0",
+        "failed-0000000003.12.json",
+        "alive-12.json",
+        ".writing-0000000003..bundle.abc",
+    ):
         put(tmp_path, f"{BUNDLES}/dead/{name}", age=HOUR)
         put(tmp_path, f"{BUNDLES}/young/{name}", age=HOUR)
     put(tmp_path, f"{BUNDLES}/young/alive-12.json")
     put(tmp_path, "out/feature_data/base/many/run.json", b"{}", HOUR)
     found = {leftover.uri.rsplit("/", 1)[1]: leftover for leftover in find_leftovers(str(tmp_path))}
-    assert found["dead"].what == "4 files of 3 units"
-    assert clean(str(tmp_path)) == {"removed": 1.0, "removed_bytes": 4.0, "kept": 1.0}
+    assert found["dead"].what == "5 files of 3 units"
+    assert clean(str(tmp_path)) == {"removed": 1.0, "removed_bytes": 5.0, "kept": 1.0}
     assert {path.split("/")[-2] for path in left(tmp_path)} == {"young", "many"}
 
 

@@ -1,7 +1,9 @@
 """How drivers of one run get its units done together; running a unit is a stand-in here, and there is no Ray."""
 
+import itertools
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +18,8 @@ from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines import heartbeat, passes
 from patchsae_ray.pipelines.bundles import BundleFolder, Notes
 from patchsae_ray.pipelines.claims import Desk, claim_name
-from patchsae_ray.pipelines.heartbeat import heartbeat_name
+from patchsae_ray.pipelines.given_up import GivenUp
+from patchsae_ray.pipelines.heartbeat import Peers, heartbeat_name
 from patchsae_ray.pipelines.merging import Helpers, Receipt
 from patchsae_ray.pipelines.pass_record import BadTally, Pass
 from patchsae_ray.pipelines.passes import UnitPass
@@ -252,6 +255,64 @@ def test_a_unit_that_was_given_up_counts_until_another_driver_has_done_it(
     (error,) = together([limited], monkeypatch)
     assert isinstance(error, UserError)
     assert str(error).startswith("512 of 4618 images cannot be read, the first ")
+
+
+def test_drivers_that_have_each_given_up_a_unit_do_not_wait_for_each_other(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, looks = threading.Barrier(2), itertools.count()
+
+    def gives_up_its_first() -> Callable[[int], str]:
+        begun: list[int] = []
+
+        def work(unit: int) -> str:
+            begun.append(unit)
+            if len(begun) > 1:
+                return ""
+            both.wait(10)
+            return f"unit {unit} was given up"
+
+        return work
+
+    def for_long(driver: Driver) -> None:
+        if next(looks) > 200:
+            raise UserError("both wait")
+
+    monkeypatch.setattr(Driver, "see_progress", for_long)
+    drivers = [Driver(tmp_path, data, gives_up_its_first()) for _ in range(2)]
+    given_up = []
+    for found in together(drivers, monkeypatch):
+        assert not isinstance(found, BaseException), found
+        given_up.append(sorted({reason for _, _, reason in found[1].bad}))
+    assert given_up[0] == given_up[1] == sorted(f"unit {driver.ran[0]} was given up" for driver in drivers)
+    assert sorted(drivers[0].ran + drivers[1].ran) == list(range(UNITS))
+    (again,) = together([Driver(tmp_path, data, lambda unit: "")], monkeypatch)
+    assert not isinstance(again, BaseException), again
+    assert (again[0].count, again[1].bad, again[1].units_before) == (IMAGES, [], UNITS - 2)
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_unit_given_up_before_counts_once_its_driver_is_seen_to_live(
+    lives: bool, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "DEAD_AFTER_SECONDS", 0.02)
+    driver = Driver(tmp_path, data, lambda unit: "")
+    other = Other(driver)
+    for unit in range(UNITS - 1):
+        other.commit(unit)
+    GivenUp(driver.folder.uri, "other", Peers(driver.folder.uri)).write(UNITS - 1, "unit 9 was given up")
+    wait = time.sleep
+
+    def meanwhile(seconds: float) -> None:
+        wait(0.03)
+        if lives:
+            other.beat()
+
+    monkeypatch.setattr(passes.time, "sleep", meanwhile)
+    (found,) = together([driver], monkeypatch)
+    assert not isinstance(found, BaseException), found
+    assert driver.ran == ([] if lives else [UNITS - 1])
+    assert {reason for _, _, reason in found[1].bad} == ({"unit 9 was given up"} if lives else set())
 
 
 def test_bad_images_are_counted_by_unit_as_they_come() -> None:
