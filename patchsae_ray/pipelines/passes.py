@@ -16,7 +16,7 @@ import numpy as np
 from patchsae_ray import storage
 from patchsae_ray.data.kept import keep
 from patchsae_ray.data.manifest import Manifest
-from patchsae_ray.errors import UserError
+from patchsae_ray.errors import NotFound, UserError, user_error
 from patchsae_ray.pipelines.bundles import BadRows, Bundle, BundleFolder, Notes, choose, uncovered
 from patchsae_ray.pipelines.claims import Claims, Held
 from patchsae_ray.pipelines.cluster import several_machines
@@ -99,20 +99,23 @@ class UnitPass(Generic[T]):
         Raises: UserError past `max_bad_fraction`, without progress, where the store stays away, or for an image that spoils it.
         """
         kept = Pass(self.max_bad_fraction, self.manifest.num_images, len(self.manifest.units), bundles=self.folder.uri)
+        kept.units_before = kept.num_units
         log.info("%s: %s images in %s units", self.what, f"{kept.num_images:,}", f"{kept.num_units:,}")
         failed: dict[int, str] = {}
         with Heartbeat(self.folder.uri) as heartbeat, naming_the_image(self.whole or self.manifest):
-            chosen = self._cover(kept, failed, self._others(heartbeat.driver))
+            others, totals = self._others(heartbeat.driver), None
+            while totals is None:
+                chosen = self._cover(kept, failed, others)
+                totals = self._merge(chosen, kept)
             kept.failed = [row for unit, reason in failed.items() for row in self._rows_of(unit, reason)]
-            totals = self._merge(chosen, kept)
         self._check_once(kept, failed)
         kept.check()
         warn_of_several(self.what, kept.notes.devices)
         if kept.num_units > kept.units_before:
-            here, others = int(kept.own.sum()), kept.num_units - kept.units_before - len(failed) - int(kept.own.sum())
+            here, theirs = int(kept.own.sum()), kept.num_units - kept.units_before - len(failed) - int(kept.own.sum())
             log.info(
                 "%s: %s images in %s units were done by this driver%s", self.what, f"{kept.images_here:,}", f"{here:,}",
-                f", {others:,} units by others" if others > 0 else "",
+                f", {theirs:,} units by others" if theirs > 0 else "",
             )  # fmt: skip
         return totals, kept
 
@@ -136,7 +139,7 @@ class UnitPass(Generic[T]):
             others: what is known of the other drivers.
         """
         chosen, missing = self._look(others, kept, failed)
-        kept.units_before = kept.num_units - len(missing)
+        kept.units_before = min(kept.units_before, kept.num_units - len(missing))
         if kept.units_before:
             log.info("%s: %s units were done by earlier runs", self.what, f"{kept.units_before:,}")
         if not missing:
@@ -225,12 +228,29 @@ class UnitPass(Generic[T]):
         found = self.manifest.units[unit]
         return [(found.start + index, path, reason) for index, path in enumerate(self.manifest.paths(found))]
 
-    def _merge(self, chosen: Sequence[Bundle], kept: Pass) -> T:
-        """All bundles in the order of their units; many of them first in a tree of tasks."""
+    def _merge(self, chosen: Sequence[Bundle], kept: Pass) -> T | None:
+        """All bundles in the order of their units; many of them first in a tree of tasks. None where some are gone."""
         start = time.perf_counter()
         totals, notes = self.totals(), Notes([], 0)
-        for arrays, other in merged_contents(self.folder, self.totals, chosen, self._where):
-            totals.add(arrays)
-            notes.add(other)
+        try:
+            for arrays, other in merged_contents(self.folder, self.totals, chosen, self._where):
+                totals.add(arrays)
+                notes.add(other)
+        except Exception as error:
+            if not isinstance(user_error(error), NotFound) or not self._forget_gone(chosen, kept):
+                raise
+            return None
         kept.notes, kept.merge_seconds = notes, time.perf_counter() - start
         return totals
+
+    def _forget_gone(self, chosen: Sequence[Bundle], kept: Pass) -> bool:
+        """Whether bundles that were chosen are there no more; their units are to be run again."""
+        there = {bundle.name for bundle in self.folder.list()}
+        gone = [bundle for bundle in chosen if bundle.name not in there]
+        for bundle in gone:
+            kept.forget(bundle.name, int(self._sizes[list(bundle.units)].sum()))
+        if gone:
+            log.warning(
+                "%s: %d committed bundles are gone, the first %s; they are made again", self.what, len(gone), gone[0].name
+            )
+        return bool(gone)

@@ -14,9 +14,9 @@ import pytest
 
 from patchsae_ray import storage
 from patchsae_ray.data.catalog import open_dataset
-from patchsae_ray.errors import UserError
+from patchsae_ray.errors import NotFound, UserError
 from patchsae_ray.pipelines import heartbeat, passes
-from patchsae_ray.pipelines.bundles import BundleFolder, Notes
+from patchsae_ray.pipelines.bundles import Bundle, BundleFolder, Notes, bundle_name
 from patchsae_ray.pipelines.claims import Desk, claim_name
 from patchsae_ray.pipelines.given_up import GivenUp
 from patchsae_ray.pipelines.heartbeat import Peers, heartbeat_name
@@ -25,7 +25,7 @@ from patchsae_ray.pipelines.pass_record import BadTally, Pass
 from patchsae_ray.pipelines.passes import UnitPass
 from patchsae_ray.pipelines.results import ResultFolder
 from patchsae_ray.pipelines.runner import Session
-from patchsae_ray.writing import remove_tree, write_bytes
+from patchsae_ray.writing import remove, remove_tree, write_bytes
 from tests.benchmarks.pipeline import NoTracker, Totals
 from tests.data.makers import parquet_bytes
 
@@ -220,6 +220,39 @@ def test_commits_that_a_listing_does_not_show_are_not_repeated(
     (found,) = together([driver], monkeypatch)
     assert not isinstance(found, BaseException), found
     assert driver.ran == list(range(UNITS))
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_bundles_that_are_gone_at_the_merge_are_made_again(
+    earlier: bool, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if earlier:
+        together([Driver(tmp_path, data, lambda unit: "")], monkeypatch)
+    lost, read = [4, 9], BundleFolder.read
+
+    def loses_some(folder: BundleFolder, bundle: Bundle) -> Any:
+        while lost:
+            remove(storage.join(folder.uri, bundle_name([lost.pop()])))
+        return read(folder, bundle)
+
+    monkeypatch.setattr(BundleFolder, "read", loses_some)
+    driver = Driver(tmp_path, data, lambda unit: "")
+    (found,) = together([driver], monkeypatch)
+    assert not isinstance(found, BaseException), found
+    assert sorted(driver.ran) == sorted([4, 9] if earlier else [*range(UNITS), 4, 9])
+    assert found[0].count == IMAGES
+    assert (found[1].units_before, found[1].images_here) == ((8, 512 + 10) if earlier else (0, IMAGES))
+
+
+def test_a_bundle_that_cannot_be_found_though_it_is_listed_ends_the_pass(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere(folder: BundleFolder, bundle: Bundle) -> Any:
+        raise NotFound(f"{bundle.name} is not there")
+
+    monkeypatch.setattr(BundleFolder, "read", nowhere)
+    (error,) = together([Driver(tmp_path, data, lambda unit: "")], monkeypatch)
+    assert isinstance(error, NotFound)
 
 
 def test_a_run_that_another_driver_has_finished_is_not_begun_again(
