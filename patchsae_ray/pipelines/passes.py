@@ -91,7 +91,6 @@ class UnitPass(Generic[T]):
         self.folder = BundleFolder(uri, len(self.manifest.units))
         self._sizes = np.diff(self.manifest.units.edges())
         """[unit] images."""
-        self._finished_before = self.session.folder.done_meanwhile()
 
     def run(self) -> tuple[T, Pass]:
         """Run what no bundle holds and no other driver runs, then merge all bundles.
@@ -179,7 +178,7 @@ class UnitPass(Generic[T]):
         for unit in sorted(set(given_up).intersection(absent).difference(failed)):
             self._give_up(unit, given_up[unit], kept, failed)
         missing = [unit for unit in absent if unit not in failed]
-        if missing and not self._finished_before and self.session.folder.done_meanwhile():
+        if missing and not self.session.anew and self.session.folder.done_meanwhile():
             remove_tree(self.folder.uri)
             raise UserError(f"{self.what}: another driver has finished this run")
         return chosen, missing

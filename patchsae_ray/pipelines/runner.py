@@ -47,6 +47,8 @@ class Session:
     plan: Plan
     tracker: Tracker
     folder: ResultFolder
+    anew: bool = False
+    """Whether the folder held this very run, finished, when the work began: it is done again."""
 
 
 def run_once(
@@ -79,7 +81,7 @@ def run_once(
     with tracked(settings.root_dir, folder.job, as_dict(settings), folder.uri, folder.key) as tracker:
         tracker.tags({**folder.identity, "run_key": folder.key, "results": folder.uri})
         try:
-            made = work(Session(plan, tracker, folder))
+            made = work(Session(plan, tracker, folder, anew=done is not None))
         except UserError:
             if anew or not folder.done_meanwhile():
                 raise

@@ -29,6 +29,7 @@ from patchsae_ray.writing import remove, remove_tree, write_bytes
 from tests.benchmarks.pipeline import NoTracker, Totals
 from tests.data.makers import parquet_bytes
 
+OUTPUTS = {"a.bin": "key"}
 IMAGES, UNITS = 9 * 512 + 10, 10
 
 
@@ -49,9 +50,9 @@ class Progress:
 class Driver(UnitPass[Totals]):
     """A pass whose units are run by a function in this process."""
 
-    def __init__(self, folder: Path, data: Path, work: Callable[[int], str], outputs: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, data: Path, work: Callable[[int], str], anew: bool = False) -> None:
         manifest = open_dataset("many", str(data), None, None)
-        session = Session(None, NoTracker(), ResultFolder(str(folder), "extract", {}, outputs or {}))  # type: ignore[arg-type]
+        session = Session(None, NoTracker(), ResultFolder(str(folder), "extract", {}, OUTPUTS), anew)  # type: ignore[arg-type]
         super().__init__("extract", manifest, 16, None, Totals, session, "key", 0.9, 5.0)  # type: ignore[arg-type]
         self.work, self.progress, self.ran = work, Progress(), list[int]()
 
@@ -255,17 +256,34 @@ def test_a_bundle_that_cannot_be_found_though_it_is_listed_ends_the_pass(
     assert isinstance(error, NotFound)
 
 
+def finish(folder: Path) -> None:
+    run = ResultFolder(str(folder), "extract", {}, OUTPUTS)
+    run.write("a.bin", b"done")
+    run.commit({"summary": {}})
+
+
+def test_a_second_pass_of_a_run_that_was_finished_since_the_first_is_not_begun(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(tmp_path)
+    second = Driver(tmp_path, data, lambda unit: "")
+    (error,) = together([second], monkeypatch)
+    assert str(error) == "extract: another driver has finished this run"
+    assert second.ran == []
+    again = Driver(tmp_path, data, lambda unit: "", anew=True)
+    (found,) = together([again], monkeypatch)
+    assert not isinstance(found, BaseException), found
+    assert (found[0].count, again.ran) == (IMAGES, list(range(UNITS)))
+
+
 def test_a_run_that_another_driver_has_finished_is_not_begun_again(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outputs = {"a.bin": "key"}
-    driver = Driver(tmp_path, data, lambda unit: "", outputs)
+    driver = Driver(tmp_path, data, lambda unit: "")
     other = Other(driver)
 
     def finishes(seconds: float) -> None:  # and takes the bundles away
-        folder = ResultFolder(str(tmp_path), "extract", {}, outputs)
-        folder.write("a.bin", b"done")
-        folder.commit({"summary": {}})
+        finish(tmp_path)
         remove_tree(other.folder.uri)
 
     monkeypatch.setattr(passes.time, "sleep", finishes)
