@@ -25,6 +25,7 @@ from patchsae_ray.pipelines.given_up import GivenUp
 from patchsae_ray.pipelines.heartbeat import Heartbeat, Peers
 from patchsae_ray.pipelines.merging import helpers, merged_contents, naming_the_image
 from patchsae_ray.pipelines.pass_record import Pass
+from patchsae_ray.pipelines.progress import Patience
 from patchsae_ray.pipelines.runner import Session
 from patchsae_ray.pipelines.units import Totals, UnitTask
 from patchsae_ray.pipelines.waves import Waves
@@ -231,8 +232,9 @@ class UnitPass(Generic[T]):
         """All bundles in the order of their units; many of them first in a tree of tasks. None where some are gone."""
         start = time.perf_counter()
         totals, notes = self.totals(), Notes([], 0)
+        patience = Patience(self.what, self.no_progress_minutes)
         try:
-            for arrays, other in merged_contents(self.folder, self.totals, chosen, self._where):
+            for arrays, other in merged_contents(self.folder, self.totals, chosen, self._where, patience):
                 totals.add(arrays)
                 notes.add(other)
         except Exception as error:

@@ -11,6 +11,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines.claims import Desk
 from patchsae_ray.pipelines.ray_faults import ended_for_memory, nodes_alive
 
@@ -207,6 +208,49 @@ class ProgressLines:
             if self._publish is not None and seconds > 0:
                 so_far = float(self._elsewhere + done)
                 self._publish({"images_done": so_far, "images_per_second_so_far": recent / seconds})
+
+
+class Patience:
+    """For waits without lines of progress: says each minute what is waited for, and gives up after a while.
+
+    Args:
+        what: the job's name in the line.
+        minutes: after which it is given up; infinite for never.
+    """
+
+    def __init__(self, what: str, minutes: float) -> None:
+        self._what, self._minutes = what, minutes
+        self.moved()
+
+    def moved(self) -> None:
+        """Something was done."""
+        self._moved, self._lines = time.monotonic(), 0
+
+    def see(self, waits_for: Callable[[], str]) -> None:
+        """To be called again and again while nothing is done.
+
+        Args:
+            waits_for: what the line says of it.
+
+        Raises: UserError as `refuse_quiet`.
+        """
+        quiet = time.monotonic() - self._moved
+        refuse_quiet(self._what, quiet, self._minutes)
+        if quiet >= QUIET_SECONDS * (self._lines + 1):
+            self._lines += 1
+            log.info("%s: nothing done for %s, waiting for %s", self._what, duration(quiet), waits_for())
+
+
+def refuse_quiet(what: str, quiet: float, minutes: float) -> None:
+    """Give up where nothing was done for more than so many minutes.
+
+    Raises: UserError.
+    """
+    if quiet > 60 * minutes:
+        raise UserError(
+            f"{what}: nothing was done for {duration(quiet)} "
+            "(--no_progress_minutes); what was committed stays, and the same command goes on from there"
+        )
 
 
 def progress_line(what: str, done: int, total: int, recent: int, seconds: float) -> str:
