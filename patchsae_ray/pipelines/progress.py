@@ -149,6 +149,7 @@ class ProgressLines:
     ) -> None:
         self._what, self._total, self._ledger, self._publish = what, total, ledger, publish
         self._elsewhere, self._note = before, ""
+        self._seen, self._earlier = 0, 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._moved = time.monotonic()
@@ -171,6 +172,10 @@ class ProgressLines:
             self.moved()
         self._elsewhere = images
 
+    def follow(self, ledger: Any) -> None:
+        """Ask a new ledger from now on; what the old one knew of stays counted."""
+        self._earlier, self._seen, self._ledger = self._earlier + self._seen, 0, ledger
+
     def note(self, said: str) -> None:
         """What the line ends with from now on, in place of a rate; empty for the rate."""
         self._note = said
@@ -186,15 +191,16 @@ class ProgressLines:
         while not self._stop.wait(wait):
             wait = LINE_SECONDS
             try:
-                done = int(ray.get(self._ledger.total.remote(), timeout=LINE_SECONDS))
-            except ray.exceptions.GetTimeoutError:
+                self._seen = int(ray.get(self._ledger.total.remote(), timeout=LINE_SECONDS))
+            except ray.exceptions.RayError:  # it is late, or its process has ended: the next wave begins with a new one
                 continue
-            now = time.monotonic()
+            now, done = time.monotonic(), self._earlier + self._seen
+            so_far = min(self._elsewhere + done, self._total)
             if done != last:
                 last = done
                 self.moved()
             if self._note:
-                log.info(f"{progress_line(self._what, self._elsewhere + done, self._total, 0, 0.0)}, {self._note}")
+                log.info(f"{progress_line(self._what, so_far, self._total, 0, 0.0)}, {self._note}")
                 first = None
                 continue
             if self.quiet_seconds() >= QUIET_SECONDS:
@@ -204,10 +210,9 @@ class ProgressLines:
                 continue
             first = first or (now, done)
             recent, seconds = done - first[1], now - first[0]
-            log.info(progress_line(self._what, self._elsewhere + done, self._total, recent, seconds))
+            log.info(progress_line(self._what, so_far, self._total, recent, seconds))
             if self._publish is not None and seconds > 0:
-                so_far = float(self._elsewhere + done)
-                self._publish({"images_done": so_far, "images_per_second_so_far": recent / seconds})
+                self._publish({"images_done": float(so_far), "images_per_second_so_far": recent / seconds})
 
 
 class Patience:

@@ -76,11 +76,21 @@ class Waves:
 
         Raises: UserError where nothing has been done for too long, a machine's memory is full, or the store stays away.
         """
-        ray.get(self._ledger.open_desk.remote(desk))
+        self._open_desk(desk)
         self._running.clear()
         data = partials(self.manifest, units, self.image_size, self._sent, self.plan, self._ledger)
         with Arrivals(data, WAITING_PARTIALS) as arrivals:
             yield from self._receipts(arrivals)
+
+    def _open_desk(self, desk: Desk) -> None:
+        """Have units claimed at a desk, by a new ledger where the old one's process has ended."""
+        try:
+            ray.get(self._ledger.open_desk.remote(desk))
+        except ray.exceptions.RayError as error:
+            self._survive(error, "the ledger of what is done")
+            self._ledger = start_ledger(len(self.manifest.units))
+            self.progress.follow(self._ledger)
+            ray.get(self._ledger.open_desk.remote(desk))
 
     def _receipts(self, arrivals: Arrivals) -> Iterator[Receipt]:
         waiting: list[Any] = []

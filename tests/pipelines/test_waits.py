@@ -2,6 +2,8 @@
 
 import logging
 import math
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +15,11 @@ import ray.exceptions as exceptions
 
 from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines import cluster, merging, progress
+from patchsae_ray.pipelines import waves as waves_module
 from patchsae_ray.pipelines.bundles import Bundle, BundleFolder
 from patchsae_ray.pipelines.manifests import ManifestTasks
 from patchsae_ray.pipelines.merging import Helpers, Receipt, merged_contents
-from patchsae_ray.pipelines.progress import Patience
+from patchsae_ray.pipelines.progress import Patience, ProgressLines
 from patchsae_ray.pipelines.waves import Waves
 from tests.benchmarks.pipeline import Totals
 
@@ -84,6 +87,56 @@ def test_combining_tasks_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert list(waves(quiet=59.0)._finished(0)) == [receipt] * 5
     Tasks(monkeypatch, waits=math.inf)
     assert list(waves(quiet=61.0)._finished(5)) == [], "no more are at work than may be"
+
+
+class Ledger:
+    """A ledger of this process, whose own may have ended."""
+
+    def __init__(self, images: int) -> None:
+        self.images, self.asked_in_vain, self.dead = images, threading.Event(), False
+        self.desks: list[Any] = []
+        self.total = SimpleNamespace(remote=lambda: self._images)
+        self.open_desk = SimpleNamespace(remote=lambda desk: lambda: self._open(desk))
+
+    def _images(self) -> int:
+        self._answer()
+        return self.images
+
+    def _open(self, desk: Any) -> None:
+        self._answer()
+        self.desks.append(desk)
+
+    def _answer(self) -> None:
+        if self.dead:
+            self.asked_in_vain.set()
+            raise exceptions.ActorDiedError
+
+
+def until(seen: Callable[[], bool]) -> None:
+    """Wait; where it is not seen, what is asserted after says so."""
+    deadline = time.monotonic() + 20
+    while not seen() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_a_ledger_whose_process_ends_is_followed_by_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", lambda answer, timeout=None: answer())
+    for name in ("FIRST_LINE_SECONDS", "LINE_SECONDS"):
+        monkeypatch.setattr(progress, name, 0.01)
+    ledgers = [Ledger(300), Ledger(200)]
+    monkeypatch.setattr(waves_module, "start_ledger", lambda num_units: ledgers[1])
+    told: list[float] = []
+    made = Waves("extract", SimpleNamespace(units=range(2)), *[None] * 6, 1.0, 60.0, None)  # type: ignore[arg-type]
+    made._ledger = ledgers[0]
+    with ProgressLines("extract", 1000, 0, ledgers[0], lambda said: told.append(said["images_done"])) as made.progress:
+        until(lambda: 300 in told)
+        ledgers[0].dead = True
+        assert ledgers[0].asked_in_vain.wait(20)
+        desk: Any = object()
+        made._open_desk(desk)
+        until(lambda: 500 in told)
+    assert set(told) == {300.0, 500.0}
+    assert (ledgers[0].desks, ledgers[1].desks) == ([], [desk])
 
 
 @pytest.fixture
