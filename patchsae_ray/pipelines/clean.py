@@ -183,14 +183,14 @@ def _manifests(root_dir: str, files: Iterable[_File], now: float) -> Iterator[Le
     inside = [file for file in files if file.path.startswith(MANIFESTS + "/")]
     notes = [file.path.removeprefix(MANIFESTS + "/") for file in inside if file.name.endswith(".json")]
     try:
-        wanted = wanted_files(storage.join(root_dir, MANIFESTS), notes)
+        current = {*wanted_files(storage.join(root_dir, MANIFESTS), notes), *notes}
     except StoreError:
         raise
     except UserError as error:
         log.info("clean: manifests are kept: %s", error)
         return
     for file in inside:
-        if file.path.removeprefix(MANIFESTS + "/") not in {*wanted, *notes} and not file.name.startswith(TEMPORARY_PREFIX):
+        if file.path.removeprefix(MANIFESTS + "/") not in current and not file.name.startswith(TEMPORARY_PREFIX):
             uri, age = storage.join(root_dir, file.path), now - file.written
             yield Leftover(uri, "of a manifest that is not current", file.size, age, UNUSED_AFTER_SECONDS, partial(remove, uri))
 
