@@ -14,6 +14,7 @@ from patchsae_ray.data.kept import wanted_files
 from patchsae_ray.errors import StoreError, UserError
 from patchsae_ray.pipelines.bundles import SUFFIX, bundle_units
 from patchsae_ray.pipelines.claims import claim_of
+from patchsae_ray.pipelines.given_up import failed_of
 from patchsae_ray.pipelines.heartbeat import driver_of
 from patchsae_ray.writing import TEMPORARY_PREFIX, check_writable, remove, remove_empty, remove_tree, write_bytes
 
@@ -162,7 +163,7 @@ def _folders(root_dir: str, files: Iterable[_File], now: float) -> Iterator[Left
 
 def _is_of_a_pass(name: str) -> bool:
     ours = name.endswith(SUFFIX) or name.startswith(TEMPORARY_PREFIX)
-    return ours or claim_of(name) is not None or driver_of(name) is not None
+    return ours or any(read(name) is not None for read in (claim_of, driver_of, failed_of))
 
 
 def _remove_folder(uri: str) -> None:
@@ -182,14 +183,14 @@ def _manifests(root_dir: str, files: Iterable[_File], now: float) -> Iterator[Le
     inside = [file for file in files if file.path.startswith(MANIFESTS + "/")]
     notes = [file.path.removeprefix(MANIFESTS + "/") for file in inside if file.name.endswith(".json")]
     try:
-        wanted = wanted_files(storage.join(root_dir, MANIFESTS), notes)
+        current = {*wanted_files(storage.join(root_dir, MANIFESTS), notes), *notes}
     except StoreError:
         raise
     except UserError as error:
         log.info("clean: manifests are kept: %s", error)
         return
     for file in inside:
-        if file.path.removeprefix(MANIFESTS + "/") not in {*wanted, *notes} and not file.name.startswith(TEMPORARY_PREFIX):
+        if file.path.removeprefix(MANIFESTS + "/") not in current and not file.name.startswith(TEMPORARY_PREFIX):
             uri, age = storage.join(root_dir, file.path), now - file.written
             yield Leftover(uri, "of a manifest that is not current", file.size, age, UNUSED_AFTER_SECONDS, partial(remove, uri))
 

@@ -96,6 +96,7 @@ class Peers:
         self._versions: dict[str, str] = {}
         self._silent: dict[str, float] = {}
         self._absent: dict[str, int] = {}
+        self._beating: set[str] = set()
         self._hosts: dict[str, str] = {}
         self._pids: dict[str, int] = {}
         self._looked: float | None = None
@@ -114,6 +115,8 @@ class Peers:
         for driver, version in found.items():
             same = self._versions.get(driver) == version
             self._silent[driver] = self._silent.get(driver, 0.0) + passed if same else 0.0
+            if driver in self._versions and not same:
+                self._beating.add(driver)
             self._versions[driver] = version
             self._absent[driver] = 0
             if driver not in self._hosts:
@@ -126,6 +129,10 @@ class Peers:
         silent = self._silent.get(driver, 0.0) >= DEAD_AFTER_SECONDS
         ended = driver in self._pids and not Path(f"/proc/{self._pids[driver]}").exists()
         return not silent and not ended and self._absent.get(driver, 0) < ABSENT_LOOKS
+
+    def beats(self, driver: str) -> bool:
+        """Whether a driver has been seen to live: its heartbeat has changed between two looks."""
+        return driver in self._beating
 
     def others(self) -> list[str]:
         """Drivers that live."""

@@ -15,7 +15,8 @@ from patchsae_ray.data.manifest import Manifest
 from patchsae_ray.errors import UserError
 from patchsae_ray.measure.image_errors import ImageError
 from patchsae_ray.pipelines.bundles import BadRow, Bundle, BundleFolder, Notes, pack, unpack
-from patchsae_ray.pipelines.progress import on_this_machine
+from patchsae_ray.pipelines.progress import Patience, on_this_machine
+from patchsae_ray.pipelines.ray_faults import given_up
 from patchsae_ray.pipelines.units import Totals
 
 T = TypeVar("T")
@@ -117,39 +118,64 @@ def helpers(local: bool) -> Helpers:
 
 
 def merged_contents(
-    folder: BundleFolder, totals: type[Totals], chosen: Sequence[Bundle], where: Helpers
+    folder: BundleFolder, totals: type[Totals], chosen: Sequence[Bundle], where: Helpers, patience: Patience
 ) -> Iterator[tuple[Any, Notes]]:
-    """At most `MERGE_FAN_IN` contents that hold all bundles, in the order of their units: themselves, or merged in tasks."""
+    """At most `MERGE_FAN_IN` contents that hold all bundles, in the order of their units: themselves, or merged in tasks.
+
+    Raises: UserError as `Patience.see`, or where Ray gives a task up.
+    """
     if len(chosen) <= MERGE_FAN_IN:
         return _read_ahead(folder, chosen)
-    return map(unpack, _merge_in_tasks(folder, totals, chosen, where))
+    return map(unpack, _merge_in_tasks(folder, totals, chosen, where, patience))
 
 
-def _merge_in_tasks(folder: BundleFolder, totals: type[Totals], chosen: Sequence[Bundle], where: Helpers) -> Iterator[bytes]:
+def _merge_in_tasks(
+    folder: BundleFolder, totals: type[Totals], chosen: Sequence[Bundle], where: Helpers, patience: Patience
+) -> Iterator[bytes]:
     """A tree of tasks, each merging up to `MERGE_FAN_IN`, until no more than that are left."""
     remote = ray.remote(num_cpus=where.merge_cpus, max_retries=5, scheduling_strategy=where.scheduling)
     merge_bundles, merge_packed = remote(_merge_bundles), remote(_merge_packed)
-    merged = _in_turn(_groups(chosen), lambda part: merge_bundles.remote(folder, totals, part), where.merges)
+    merged = _in_turn(_groups(chosen), lambda part: merge_bundles.remote(folder, totals, part), where.merges, patience)
     while len(merged) > MERGE_FAN_IN:
-        merged = _in_turn(_groups(merged), lambda group: merge_packed.remote(totals, *group), where.merges)
+        merged = _in_turn(_groups(merged), lambda group: merge_packed.remote(totals, *group), where.merges, patience)
     for reference in merged:
-        yield ray.get(reference)
+        _wait_for_one([reference], patience)
+        try:
+            yield ray.get(reference)
+        except ray.exceptions.RayError as error:
+            said = given_up(error, "the merging of bundles")
+            if said is None:
+                raise
+            raise said from error
 
 
 def _groups(items: Sequence[T]) -> list[list[T]]:
     return [list(items[start : start + MERGE_FAN_IN]) for start in range(0, len(items), MERGE_FAN_IN)]
 
 
-def _in_turn(groups: Sequence[list[T]], submit: Callable[[list[T]], Any], most: int) -> list[Any]:
+def _in_turn(groups: Sequence[list[T]], submit: Callable[[list[T]], Any], most: int, patience: Patience) -> list[Any]:
     """A task for each group, no more than `most` of them at once; their references, in order."""
     submitted: list[Any] = []
     running: list[Any] = []
     for group in groups:
         if len(running) >= most:
-            _, running = ray.wait(running, num_returns=1, fetch_local=False)
+            running = _wait_for_one(running, patience)
         submitted.append(submit(group))
         running.append(submitted[-1])
     return submitted
+
+
+def _wait_for_one(running: list[Any], patience: Patience) -> list[Any]:
+    """Wait until one of some tasks is done. Returns the others.
+
+    Raises: UserError as `Patience.see`.
+    """
+    while True:
+        done, others = ray.wait(running, num_returns=1, timeout=1.0, fetch_local=False)
+        if done:
+            patience.moved()
+            return others
+        patience.see(lambda: f"one of {len(running)} tasks that merge bundles")
 
 
 def _merge_bundles(folder: BundleFolder, totals: type[Totals], bundles: Sequence[Bundle]) -> bytes:

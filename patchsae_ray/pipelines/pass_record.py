@@ -86,6 +86,13 @@ class Pass:
             self.tally.add(unit, count, first)
         self._refuse(self.tally.total, lambda: self.tally.first)
 
+    def forget(self, name: str, images: int) -> None:
+        """A bundle that was committed is gone, with so many images; it may have been another driver's."""
+        bundle = self.committed.pop(name, None)
+        if bundle is not None:
+            self.own[list(bundle.units)] = False
+            self.images_here -= images
+
     @property
     def bad(self) -> BadRows:
         """All images without a result, by position."""

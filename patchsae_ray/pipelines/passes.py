@@ -16,14 +16,16 @@ import numpy as np
 from patchsae_ray import storage
 from patchsae_ray.data.kept import keep
 from patchsae_ray.data.manifest import Manifest
-from patchsae_ray.errors import UserError
+from patchsae_ray.errors import NotFound, UserError, user_error
 from patchsae_ray.pipelines.bundles import BadRows, Bundle, BundleFolder, Notes, choose, uncovered
 from patchsae_ray.pipelines.claims import Claims, Held
 from patchsae_ray.pipelines.cluster import several_machines
 from patchsae_ray.pipelines.devices import warn_of_several
+from patchsae_ray.pipelines.given_up import GivenUp
 from patchsae_ray.pipelines.heartbeat import Heartbeat, Peers
 from patchsae_ray.pipelines.merging import helpers, merged_contents, naming_the_image
 from patchsae_ray.pipelines.pass_record import Pass
+from patchsae_ray.pipelines.progress import Patience
 from patchsae_ray.pipelines.runner import Session
 from patchsae_ray.pipelines.units import Totals, UnitTask
 from patchsae_ray.pipelines.waves import Waves
@@ -39,6 +41,14 @@ PAUSE_SECONDS = 5.0
 """After the first of them, and longer after each; also between two looks at what others do."""
 
 T = TypeVar("T", bound=Totals)
+
+
+@dataclass(frozen=True)
+class _Others:
+    """What a driver knows of the others: the units that they have claimed, and those that they have given up."""
+
+    claims: Claims
+    given_up: GivenUp
 
 
 @dataclass
@@ -82,7 +92,6 @@ class UnitPass(Generic[T]):
         self.folder = BundleFolder(uri, len(self.manifest.units))
         self._sizes = np.diff(self.manifest.units.edges())
         """[unit] images."""
-        self._finished_before = self.session.folder.done_meanwhile()
 
     def run(self) -> tuple[T, Pass]:
         """Run what no bundle holds and no other driver runs, then merge all bundles.
@@ -90,20 +99,23 @@ class UnitPass(Generic[T]):
         Raises: UserError past `max_bad_fraction`, without progress, where the store stays away, or for an image that spoils it.
         """
         kept = Pass(self.max_bad_fraction, self.manifest.num_images, len(self.manifest.units), bundles=self.folder.uri)
+        kept.units_before = kept.num_units
         log.info("%s: %s images in %s units", self.what, f"{kept.num_images:,}", f"{kept.num_units:,}")
         failed: dict[int, str] = {}
         with Heartbeat(self.folder.uri) as heartbeat, naming_the_image(self.whole or self.manifest):
-            chosen = self._cover(kept, failed, heartbeat.driver)
+            others, totals = self._others(heartbeat.driver), None
+            while totals is None:
+                chosen = self._cover(kept, failed, others)
+                totals = self._merge(chosen, kept)
             kept.failed = [row for unit, reason in failed.items() for row in self._rows_of(unit, reason)]
-            totals = self._merge(chosen, kept)
         self._check_once(kept, failed)
         kept.check()
         warn_of_several(self.what, kept.notes.devices)
         if kept.num_units > kept.units_before:
-            here, others = int(kept.own.sum()), kept.num_units - kept.units_before - len(failed) - int(kept.own.sum())
+            here, theirs = int(kept.own.sum()), kept.num_units - kept.units_before - len(failed) - int(kept.own.sum())
             log.info(
                 "%s: %s images in %s units were done by this driver%s", self.what, f"{kept.images_here:,}", f"{here:,}",
-                f", {others:,} units by others" if others > 0 else "",
+                f", {theirs:,} units by others" if theirs > 0 else "",
             )  # fmt: skip
         return totals, kept
 
@@ -114,17 +126,20 @@ class UnitPass(Generic[T]):
         if kept.notes.units != wanted or images != kept.num_images:
             raise RuntimeError(f"{len(kept.notes.units)} of {len(wanted)} units merged, {images} of {kept.num_images} images")
 
-    def _cover(self, kept: Pass, failed: dict[int, str], driver: str) -> list[Bundle]:
+    def _others(self, driver: str) -> _Others:
+        uri, peers = self.folder.uri, Peers(self.folder.uri)
+        return _Others(Claims(uri, len(self.manifest.units), driver, peers), GivenUp(uri, driver, peers))
+
+    def _cover(self, kept: Pass, failed: dict[int, str], others: _Others) -> list[Bundle]:
         """Run units until bundles hold all but those that were given up, by this driver and others. Returns the bundles.
 
         Args:
             kept: told what was done.
             failed: unit → why it was given up; filled.
-            driver: this one.
+            others: what is known of the other drivers.
         """
-        claims = Claims(self.folder.uri, kept.num_units, driver, Peers(self.folder.uri))
-        chosen, missing = self._look(claims, kept, failed)
-        kept.units_before = kept.num_units - len(missing)
+        chosen, missing = self._look(others, kept, failed)
+        kept.units_before = min(kept.units_before, kept.num_units - len(missing))
         if kept.units_before:
             log.info("%s: %s units were done by earlier runs", self.what, f"{kept.units_before:,}")
         if not missing:
@@ -137,46 +152,52 @@ class UnitPass(Generic[T]):
             fruitless = 0
             while missing:
                 waves.progress.elsewhere(self._done_elsewhere(missing, failed, kept))
-                units, held = claims.split(missing)
+                units, held = others.claims.split(missing)
                 if units:
                     waves.progress.note("")
-                    fruitless = 0 if self._run_wave(waves, units[:WAVE_UNITS], claims, kept, failed) else fruitless + 1
+                    fruitless = 0 if self._run_wave(waves, units[:WAVE_UNITS], others, kept, failed) else fruitless + 1
                 else:
                     self._wait(waves, held)
                 if fruitless:
                     self._pause(fruitless, missing)
-                chosen, missing = self._look(claims, kept, failed)
+                chosen, missing = self._look(others, kept, failed)
         return chosen
 
-    def _look(self, claims: Claims, kept: Pass, failed: dict[int, str]) -> tuple[list[Bundle], list[int]]:
-        """What is committed, and what is still to be run, by whomever.
+    def _look(self, others: _Others, kept: Pass, failed: dict[int, str]) -> tuple[list[Bundle], list[int]]:
+        """What is committed, and what is still to be run, by whomever; units that others have given up are not.
 
         Raises: UserError where another driver has finished the run, and taken the bundles away.
         """
         entries = self.folder.entries()
-        claims.look(entries)
+        others.claims.look(entries)
+        given_up = others.given_up.look(entries)
         chosen = choose({*self.folder.list(entries), *kept.committed.values()})
         absent = uncovered(chosen, kept.num_units).tolist()
         for unit in set(failed).difference(absent):  # another driver has done it
             failed.pop(unit)
             kept.tally.forget(unit)
+        for unit in sorted(set(given_up).intersection(absent).difference(failed)):
+            self._give_up(unit, given_up[unit], kept, failed)
         missing = [unit for unit in absent if unit not in failed]
-        if missing and not self._finished_before and self.session.folder.done_meanwhile():
+        if missing and not self.session.anew and self.session.folder.done_meanwhile():
             remove_tree(self.folder.uri)
             raise UserError(f"{self.what}: another driver has finished this run")
         return chosen, missing
 
-    def _run_wave(self, waves: Waves, units: Sequence[int], claims: Claims, kept: Pass, failed: dict[int, str]) -> bool:
+    def _run_wave(self, waves: Waves, units: Sequence[int], others: _Others, kept: Pass, failed: dict[int, str]) -> bool:
         """Run units. Returns whether anything came of it."""
         before = len(kept.committed) + len(failed)
-        for receipt in waves.run(units, claims.desk()):
+        for receipt in waves.run(units, others.claims.desk()):
             for unit, reason in receipt.failed:
-                failed[unit] = reason
-                count, first = int(self._sizes[unit]), self._rows_of(unit, reason)[0]
-                kept.tally.add(unit, count, first)
-                log.warning("%s: %s", self.what, reason)
+                self._give_up(unit, reason, kept, failed)
+                others.given_up.write(unit, reason)
             kept.take(receipt)
         return len(kept.committed) + len(failed) > before
+
+    def _give_up(self, unit: int, reason: str, kept: Pass, failed: dict[int, str]) -> None:
+        failed[unit] = reason
+        kept.tally.add(unit, int(self._sizes[unit]), self._rows_of(unit, reason)[0])
+        log.warning("%s: %s", self.what, reason)
 
     def _done_elsewhere(self, missing: list[int], failed: Mapping[int, str], kept: Pass) -> int:
         """Images of the units that earlier runs and other drivers have committed."""
@@ -207,12 +228,30 @@ class UnitPass(Generic[T]):
         found = self.manifest.units[unit]
         return [(found.start + index, path, reason) for index, path in enumerate(self.manifest.paths(found))]
 
-    def _merge(self, chosen: Sequence[Bundle], kept: Pass) -> T:
-        """All bundles in the order of their units; many of them first in a tree of tasks."""
+    def _merge(self, chosen: Sequence[Bundle], kept: Pass) -> T | None:
+        """All bundles in the order of their units; many of them first in a tree of tasks. None where some are gone."""
         start = time.perf_counter()
         totals, notes = self.totals(), Notes([], 0)
-        for arrays, other in merged_contents(self.folder, self.totals, chosen, self._where):
-            totals.add(arrays)
-            notes.add(other)
+        patience = Patience(self.what, self.no_progress_minutes)
+        try:
+            for arrays, other in merged_contents(self.folder, self.totals, chosen, self._where, patience):
+                totals.add(arrays)
+                notes.add(other)
+        except Exception as error:
+            if not isinstance(user_error(error), NotFound) or not self._forget_gone(chosen, kept):
+                raise
+            return None
         kept.notes, kept.merge_seconds = notes, time.perf_counter() - start
         return totals
+
+    def _forget_gone(self, chosen: Sequence[Bundle], kept: Pass) -> bool:
+        """Whether bundles that were chosen are there no more; their units are to be run again."""
+        there = {bundle.name for bundle in self.folder.list()}
+        gone = [bundle for bundle in chosen if bundle.name not in there]
+        for bundle in gone:
+            kept.forget(bundle.name, int(self._sizes[list(bundle.units)].sum()))
+        if gone:
+            log.warning(
+                "%s: %d committed bundles are gone, the first %s; they are made again", self.what, len(gone), gone[0].name
+            )
+        return bool(gone)

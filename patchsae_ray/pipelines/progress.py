@@ -11,6 +11,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines.claims import Desk
 from patchsae_ray.pipelines.ray_faults import ended_for_memory, nodes_alive
 
@@ -152,6 +153,7 @@ class ProgressLines:
     ) -> None:
         self._what, self._total, self._ledger, self._publish = what, total, ledger, publish
         self._elsewhere, self._note = before, ""
+        self._seen, self._earlier = 0, 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._moved = time.monotonic()
@@ -174,6 +176,10 @@ class ProgressLines:
             self.moved()
         self._elsewhere = images
 
+    def follow(self, ledger: Any) -> None:
+        """Ask a new ledger from now on; what the old one knew of stays counted."""
+        self._earlier, self._seen, self._ledger = self._earlier + self._seen, 0, ledger
+
     def note(self, said: str) -> None:
         """What the line ends with from now on, in place of a rate; empty for the rate."""
         self._note = said
@@ -189,15 +195,16 @@ class ProgressLines:
         while not self._stop.wait(wait):
             wait = LINE_SECONDS
             try:
-                done = int(ray.get(self._ledger.total.remote(), timeout=LINE_SECONDS))
-            except ray.exceptions.GetTimeoutError:
+                self._seen = int(ray.get(self._ledger.total.remote(), timeout=LINE_SECONDS))
+            except ray.exceptions.RayError:  # it is late, or its process has ended: the next wave begins with a new one
                 continue
-            now = time.monotonic()
+            now, done = time.monotonic(), self._earlier + self._seen
+            so_far = min(self._elsewhere + done, self._total)
             if done != last:
                 last = done
                 self.moved()
             if self._note:
-                log.info(f"{progress_line(self._what, self._elsewhere + done, self._total, 0, 0.0)}, {self._note}")
+                log.info(f"{progress_line(self._what, so_far, self._total, 0, 0.0)}, {self._note}")
                 first = None
                 continue
             if self.quiet_seconds() >= QUIET_SECONDS:
@@ -207,10 +214,52 @@ class ProgressLines:
                 continue
             first = first or (now, done)
             recent, seconds = done - first[1], now - first[0]
-            log.info(progress_line(self._what, self._elsewhere + done, self._total, recent, seconds))
+            log.info(progress_line(self._what, so_far, self._total, recent, seconds))
             if self._publish is not None and seconds > 0:
-                so_far = float(self._elsewhere + done)
-                self._publish({"images_done": so_far, "images_per_second_so_far": recent / seconds})
+                self._publish({"images_done": float(so_far), "images_per_second_so_far": recent / seconds})
+
+
+class Patience:
+    """For waits without lines of progress: says each minute what is waited for, and gives up after a while.
+
+    Args:
+        what: the job's name in the line.
+        minutes: after which it is given up; infinite for never.
+    """
+
+    def __init__(self, what: str, minutes: float) -> None:
+        self._what, self._minutes = what, minutes
+        self.moved()
+
+    def moved(self) -> None:
+        """Something was done."""
+        self._moved, self._lines = time.monotonic(), 0
+
+    def see(self, waits_for: Callable[[], str]) -> None:
+        """To be called again and again while nothing is done.
+
+        Args:
+            waits_for: what the line says of it.
+
+        Raises: UserError as `refuse_quiet`.
+        """
+        quiet = time.monotonic() - self._moved
+        refuse_quiet(self._what, quiet, self._minutes)
+        if quiet >= QUIET_SECONDS * (self._lines + 1):
+            self._lines += 1
+            log.info("%s: nothing done for %s, waiting for %s", self._what, duration(quiet), waits_for())
+
+
+def refuse_quiet(what: str, quiet: float, minutes: float) -> None:
+    """Give up where nothing was done for more than so many minutes.
+
+    Raises: UserError.
+    """
+    if quiet > 60 * minutes:
+        raise UserError(
+            f"{what}: nothing was done for {duration(quiet)} "
+            "(--no_progress_minutes); what was committed stays, and the same command goes on from there"
+        )
 
 
 def progress_line(what: str, done: int, total: int, recent: int, seconds: float) -> str:

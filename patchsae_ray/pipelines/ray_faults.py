@@ -43,6 +43,21 @@ def out_of_memory(error: BaseException) -> UserError | None:
     return UserError(f"{first_line(cause)}; {MORE_MEMORY}") if isinstance(cause, exceptions.OutOfMemoryError) else None
 
 
+def given_up(error: BaseException, work: str) -> UserError | None:
+    """What to say where Ray gave a task up, after it had tried it again: its machines went, or their memory was full.
+
+    Args:
+        error: that Ray raised.
+        work: the task, in words.
+    """
+    reason = lost(error)
+    if reason:
+        return UserError(
+            f"{work} went with a machine or process each time it was tried ({reason}); the same command tries again"
+        )
+    return out_of_memory(error)
+
+
 MORE_MEMORY = "fewer --workers, a larger --decode_cpus, a smaller --batch_size, or more memory, would be right"
 
 

@@ -11,6 +11,7 @@ import json
 import posixpath
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from patchsae_ray import __version__, storage
@@ -19,6 +20,8 @@ from patchsae_ray.writing import remove, update, write_bytes
 
 FORMAT = 1
 RUN_FILE = "run.json"
+READ_BACK_BYTES = 64 * 2**20
+"""Files up to this size are read again before a run is declared finished; of larger ones the size is compared."""
 
 
 def run_key(identity: Mapping[str, Any]) -> str:
@@ -136,11 +139,15 @@ class ResultFolder:
         return storage.patiently(look)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write one output. It counts once the run is committed; until then it is this run's unfinished business."""
+        """Write one output. It counts once the run is committed; until then it is this run's unfinished business.
+
+        Raises: UserError where the folder has become another run's, whose file is left as it is.
+        """
         if name not in self.outputs:
             raise ValueError(f"{name} is not among the outputs announced")
         if not self._written:
             self._begin()
+        self._refuse_taken()
         storage.patiently(lambda: write_bytes(storage.join(self.uri, name), data))
         self._written[name] = {
             "key": self.outputs[name],
@@ -154,16 +161,16 @@ class ResultFolder:
 
         Raises: UserError where the folder has become another run's since it was checked, unless that may be replaced.
         """
-        stale: list[str] = []
+        stale: set[str] = set()
 
         def change(state: dict[str, Any]) -> dict[str, Any]:
             known: dict[str, Any] = dict(state.get("files", {}))
             runs = dict(state.get("runs", {}))
-            stale.clear()
             if self._overwrite:
-                stale.extend(name for name, entry in known.items() if entry["job"] == self.job and name not in self.outputs)
+                gone = {name for name, entry in known.items() if entry["job"] == self.job and name not in self.outputs}
+                stale.update(gone)  # of each call: one that sees its own result finds nothing
                 replaced = [name for name, key in self.outputs.items() if name in known and known[name]["key"] != key]
-                for name in [*stale, *replaced]:
+                for name in [*gone, *replaced]:
                     known.pop(name)
                 if runs.get(self.job, {}).get("run_key") != self.key:
                     runs.pop(self.job, None)
@@ -174,17 +181,37 @@ class ResultFolder:
             return {"files": known, "runs": runs, "pending": pending, "begun": begun}
 
         self._update(change)
-        for name in stale:
+        for name in sorted(stale.difference(self._state["files"], self._state["pending"])):
             remove(storage.join(self.uri, name))
+
+    def _refuse_taken(self) -> None:
+        """See that the folder, as it is now, is still this run's to write to.
+
+        Raises: UserError where another run has taken it with --overwrite since this one began.
+        """
+        self._refuse_others(storage.patiently(lambda: read_run_file(self.uri)), lambda _: True)
+
+    def _refuse_changed(self) -> None:
+        """See that the files are still those that this run wrote.
+
+        Raises: UserError that names the first which is not.
+        """
+        for name, entry in self._written.items():
+            uri = storage.join(self.uri, name)
+            if not storage.patiently(partial(_is_as_written, uri, entry)):
+                raise UserError(f"{uri} was written by another run since; the same command makes it again")
 
     def commit(self, record: Mapping[str, Any]) -> None:
         """Declare the run finished; every output must have been written. What other jobs committed meanwhile stays.
 
-        Raises: UserError where another run has taken the folder with --overwrite since this one began to write.
+        Raises: UserError where another run has taken the folder with --overwrite since this one began to write, or has written
+            to one of its files.
         """
         missing = set(self.outputs) - set(self._written)
         if missing:
             raise ValueError(f"not written: {', '.join(sorted(missing))}")
+        self._refuse_taken()
+        self._refuse_changed()
         made = {"run_key": self.key, "identity": dict(self.identity), **record}
 
         def change(state: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +231,14 @@ class ResultFolder:
             return (json.dumps(self._state, indent=1, sort_keys=True, default=str) + "\n").encode()
 
         storage.patiently(lambda: update(uri, changed))
+
+
+def _is_as_written(uri: str, entry: Mapping[str, Any]) -> bool:
+    """Whether a file is there with the size, and unless it is large with the digest, of its entry in run.json."""
+    found = storage.info(uri)
+    if found is None or found["size"] != entry["bytes"]:
+        return False
+    return entry["bytes"] > READ_BACK_BYTES or hashlib.sha256(storage.read_bytes(uri)).hexdigest() == entry["sha256"]
 
 
 def finished(folders: Mapping[str, ResultFolder], overwrite: bool) -> ResultFolder | None:

@@ -50,6 +50,8 @@ class Session:
     folder: ResultFolder
     held: ExitStack = field(default_factory=ExitStack)
     """What is held until the results are committed."""
+    anew: bool = False
+    """Whether the folder held this very run, finished, when the work began: it is done again."""
 
 
 def run_once(
@@ -85,7 +87,7 @@ def run_once(
     ):
         tracker.tags({**folder.identity, "run_key": folder.key, "results": folder.uri})
         try:
-            made = work(Session(plan, tracker, folder, held))
+            made = work(Session(plan, tracker, folder, held, anew=done is not None))
         except UserError:
             if anew or not folder.done_meanwhile():
                 raise

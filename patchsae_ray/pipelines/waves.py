@@ -10,13 +10,12 @@ from typing import Any
 import ray
 
 from patchsae_ray.data.manifest import Manifest
-from patchsae_ray.errors import UserError
 from patchsae_ray.pipelines.arrivals import Arrivals
 from patchsae_ray.pipelines.bundles import MAX_UNITS, BundleFolder
 from patchsae_ray.pipelines.claims import Desk
 from patchsae_ray.pipelines.merging import Helpers, Receipt, combine
 from patchsae_ray.pipelines.planning import Plan
-from patchsae_ray.pipelines.progress import ProgressLines, duration, start_ledger
+from patchsae_ray.pipelines.progress import ProgressLines, refuse_quiet, start_ledger
 from patchsae_ray.pipelines.ray_faults import lost, out_of_memory
 from patchsae_ray.pipelines.units import Totals, UnitTask, partials
 
@@ -77,11 +76,21 @@ class Waves:
 
         Raises: UserError where nothing has been done for too long, a machine's memory is full, or the store stays away.
         """
-        ray.get(self._ledger.open_desk.remote(desk))
+        self._open_desk(desk)
         self._running.clear()
         data = partials(self.manifest, units, self.image_size, self._sent, self.plan, self._ledger)
         with Arrivals(data, WAITING_PARTIALS) as arrivals:
             yield from self._receipts(arrivals)
+
+    def _open_desk(self, desk: Desk) -> None:
+        """Have units claimed at a desk, by a new ledger where the old one's process has ended."""
+        try:
+            ray.get(self._ledger.open_desk.remote(desk))
+        except ray.exceptions.RayError as error:
+            self._survive(error, "the ledger of what is done")
+            self._ledger = start_ledger(len(self.manifest.units))
+            self.progress.follow(self._ledger)
+            ray.get(self._ledger.open_desk.remote(desk))
 
     def _receipts(self, arrivals: Arrivals) -> Iterator[Receipt]:
         waiting: list[Any] = []
@@ -104,10 +113,16 @@ class Waves:
         self._running[remote.remote(self.folder, self.totals, *blocks)] = len(blocks)
 
     def _finished(self, most: int) -> Iterator[Receipt]:
-        """Receipts of the combining tasks that are done, after waiting until no more than `most` are at work."""
+        """Receipts of the combining tasks that are done, after waiting until no more than `most` are at work.
+
+        Raises: UserError where nothing has been done for too long.
+        """
         while self._running:
-            timeout = None if len(self._running) > most else 0
-            done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout, fetch_local=False)
+            full = len(self._running) > most
+            done, _ = ray.wait(list(self._running), num_returns=1, timeout=1.0 if full else 0, fetch_local=False)
+            if not done and full:
+                self.see_progress()
+                continue
             if not done:
                 return
             size = self._running.pop(done[0])
@@ -140,12 +155,7 @@ class Waves:
 
     def see_progress(self) -> None:
         """Raises: UserError where nothing has been done for too long."""
-        quiet = self.progress.quiet_seconds()
-        if quiet > 60 * self.no_progress_minutes:
-            raise UserError(
-                f"{self.what}: nothing was done for {duration(quiet)} "
-                "(--no_progress_minutes); what was committed stays, and the same command goes on from there"
-            )
+        refuse_quiet(self.what, self.progress.quiet_seconds(), self.no_progress_minutes)
 
     def _survive(self, error: Exception, work: str) -> None:
         """Go on where work was lost with a machine.

@@ -92,7 +92,8 @@ def run_pass(manifest: Manifest, folder: Path, task: SleepingTask) -> float:
     from patchsae_ray.pipelines.results import ResultFolder
     from patchsae_ray.pipelines.runner import Session
 
-    session = Session(cluster.make_plan("cpu"), NoTracker(), ResultFolder(str(folder), "extract", {}, {}))  # type: ignore[arg-type]
+    results = ResultFolder(str(folder), "extract", {}, {"a.bin": "key"})
+    session = Session(cluster.make_plan("cpu"), NoTracker(), results)  # type: ignore[arg-type]
     start = time.perf_counter()
     totals, _ = UnitPass("bench", manifest, 28, task, Totals, session, "key", 0.0, 30.0).run()
     assert totals.count == manifest.num_images

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -34,14 +35,20 @@ BUNDLES = "out/feature_data/base/many/bundles"
 
 
 def test_bundles_claims_and_heartbeats_of_a_dead_pass_go_together(tmp_path: Path) -> None:
-    for name in ("0000000000.1-1.bundle", "claim-000000.0", "alive-12.json", ".writing-0000000003..bundle.abc"):
+    for name in (
+        "0000000000.1-1.bundle",
+        "claim-000000.0",
+        "failed-0000000003.12.json",
+        "alive-12.json",
+        ".writing-0000000003..bundle.abc",
+    ):
         put(tmp_path, f"{BUNDLES}/dead/{name}", age=HOUR)
         put(tmp_path, f"{BUNDLES}/young/{name}", age=HOUR)
     put(tmp_path, f"{BUNDLES}/young/alive-12.json")
     put(tmp_path, "out/feature_data/base/many/run.json", b"{}", HOUR)
     found = {leftover.uri.rsplit("/", 1)[1]: leftover for leftover in find_leftovers(str(tmp_path))}
-    assert found["dead"].what == "4 files of 3 units"
-    assert clean(str(tmp_path)) == {"removed": 1.0, "removed_bytes": 4.0, "kept": 1.0}
+    assert found["dead"].what == "5 files of 3 units"
+    assert clean(str(tmp_path)) == {"removed": 1.0, "removed_bytes": 5.0, "kept": 1.0}
     assert {path.split("/")[-2] for path in left(tmp_path)} == {"young", "many"}
 
 
@@ -86,6 +93,23 @@ def test_manifests_that_no_source_has_any_more_go_after_a_day(tmp_path: Path) ->
     again = keep(open_dataset("few", str(images), None, None, str(root)))
     assert (again.num_images, len(again.units)) == (manifest.num_images, current)
     assert [list(again.paths(unit)) for unit in again.units] == [list(manifest.paths(unit)) for unit in manifest.units]
+
+
+def test_what_manifests_want_is_asked_and_gathered_once_for_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered = 0
+
+    class Wanted(list[str]):
+        def __iter__(self) -> Iterator[str]:
+            nonlocal gathered
+            gathered += 1
+            return super().__iter__()
+
+    for number in range(50):
+        put(tmp_path, f"out/manifests/{number}.arrow", age=2 * UNUSED_AFTER_SECONDS)
+    monkeypatch.setattr(cleaning, "wanted_files", lambda folder, notes: Wanted(["7.arrow"]))
+    assert clean(str(tmp_path))["removed"] == 49
+    assert left(tmp_path) == {"out/manifests/7.arrow"}
+    assert gathered == 1
 
 
 def test_a_file_that_is_not_whole_goes(tmp_path: Path) -> None:

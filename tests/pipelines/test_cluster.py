@@ -64,13 +64,14 @@ import numpy as np, ray
 from patchsae_ray.pipelines import merging
 from patchsae_ray.pipelines.bundles import BundleFolder, Notes
 from patchsae_ray.pipelines.merging import helpers, merged_contents
+from patchsae_ray.pipelines.progress import Patience
 from patchsae_ray.pipelines.progress import start_ledger
 from tests.benchmarks.pipeline import Totals
 ray.init(address="local", include_dashboard=False, num_cpus=0, object_store_memory=100 * 2**20, log_to_driver=False)
 folder, merging.MERGE_FAN_IN = BundleFolder(tempfile.mkdtemp(), 9), 2
 for unit in range(9):
     folder.commit({"count": np.array([unit])}, Notes([unit], 1))
-contents = list(merged_contents(folder, Totals, folder.list(), helpers(local=True)))
+contents = list(merged_contents(folder, Totals, folder.list(), helpers(local=True), Patience("merge", 5.0)))
 print(len(contents), sum(int(arrays["count"][0]) for arrays, _ in contents))
 print(ray.get(start_ledger(9).total.remote(), timeout=60))
 """

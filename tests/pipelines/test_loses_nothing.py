@@ -245,7 +245,7 @@ def joined(ray_head: RayHead) -> Iterator[None]:
 
 
 def counting_pass(manifest: Manifest, folder: Path, task: FaultyTask, **limits: float) -> UnitPass[Totals]:
-    session = Session(cluster.make_plan("cpu"), NoTracker(), ResultFolder(str(folder), "extract", {}, {}))
+    session = Session(cluster.make_plan("cpu"), NoTracker(), ResultFolder(str(folder), "extract", {}, {"a.bin": "key"}))
     given = {"max_bad_fraction": 0.5, "no_progress_minutes": 5.0, **limits}
     return UnitPass("count", manifest, 16, task, Totals, session, "key", **given)
 

@@ -1,13 +1,16 @@
 """A results folder: done, refused, unfinished, overwritten."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from patchsae_ray import storage
 from patchsae_ray.errors import StoreError, UserError
+from patchsae_ray.pipelines import results
 from patchsae_ray.pipelines.results import ResultFolder, finished, read_run_file, record_of_file, run_key
+from patchsae_ray.writing import update
 
 
 def folder(path: Path, outputs: tuple[str, ...] = ("a.bin", "b.bin"), **identity: object) -> ResultFolder:
@@ -154,6 +157,56 @@ def test_a_run_whose_folder_was_taken_with_overwrite_does_not_commit(tmp_path: P
     second.write("b.bin", b"second")
     second.commit({"summary": {}})
     assert folder(tmp_path, threshold=0.3).done()
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_run_whose_folder_was_taken_writes_no_more_files(committed: bool, tmp_path: Path) -> None:
+    first, second = folder(tmp_path, threshold=0.2), folder(tmp_path, threshold=0.3)
+    first.write("a.bin", b"first")
+    second.check(overwrite=True)
+    for name in second.outputs:
+        second.write(name, b"second")
+    if committed:
+        second.commit({"summary": {}})
+    with pytest.raises(UserError, match=r"a\.bin is another run's \(threshold 0\.3 there, 0\.2 here\)"):
+        first.write("b.bin", b"first")
+    assert (tmp_path / "b.bin").read_bytes() == b"second"
+
+
+@pytest.mark.parametrize("content", [b"longer than it was", b"SAME b", None])
+def test_a_run_is_not_finished_with_a_file_that_another_has_written(content: bytes | None, tmp_path: Path) -> None:
+    one = folder(tmp_path, threshold=0.2)
+    for name in one.outputs:
+        one.write(name, b"same " + name[:1].encode())
+    if content is None:
+        (tmp_path / "b.bin").unlink()
+    else:
+        (tmp_path / "b.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"b\.bin was written by another run since; the same command makes it again"):
+        one.commit({"summary": {}})
+    assert not folder(tmp_path, threshold=0.2).done()
+    make(folder(tmp_path, threshold=0.2))
+    assert folder(tmp_path, threshold=0.2).done()
+
+
+@pytest.mark.parametrize("taken_again", [True, False])
+def test_what_was_replaced_goes_though_the_answer_to_its_update_was_lost(
+    taken_again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(folder(tmp_path, threshold=0.2))
+
+    def update_twice(uri: str, change: Callable[[bytes | None], bytes]) -> None:
+        update(uri, change)
+        if taken_again:
+            monkeypatch.setattr(results, "update", update)
+            make(ResultFolder(str(tmp_path), "class_latents", {}, {"b.bin": "k"}))
+        update(uri, change)
+
+    other = folder(tmp_path, ("a.bin",), threshold=0.3)
+    other.check(overwrite=True)
+    monkeypatch.setattr(results, "update", update_twice)
+    other.write("a.bin", b"new")
+    assert (tmp_path / "b.bin").exists() == taken_again
 
 
 def test_two_drivers_of_one_run_both_commit(tmp_path: Path) -> None:

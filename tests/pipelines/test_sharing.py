@@ -1,7 +1,9 @@
 """How drivers of one run get its units done together; running a unit is a stand-in here, and there is no Ray."""
 
+import itertools
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,20 +14,22 @@ import pytest
 
 from patchsae_ray import storage
 from patchsae_ray.data.catalog import open_dataset
-from patchsae_ray.errors import UserError
+from patchsae_ray.errors import NotFound, UserError
 from patchsae_ray.pipelines import heartbeat, passes
-from patchsae_ray.pipelines.bundles import BundleFolder, Notes
+from patchsae_ray.pipelines.bundles import Bundle, BundleFolder, Notes, bundle_name
 from patchsae_ray.pipelines.claims import Desk, claim_name
-from patchsae_ray.pipelines.heartbeat import heartbeat_name
+from patchsae_ray.pipelines.given_up import GivenUp
+from patchsae_ray.pipelines.heartbeat import Peers, heartbeat_name
 from patchsae_ray.pipelines.merging import Helpers, Receipt
 from patchsae_ray.pipelines.pass_record import BadTally, Pass
 from patchsae_ray.pipelines.passes import UnitPass
 from patchsae_ray.pipelines.results import ResultFolder
 from patchsae_ray.pipelines.runner import Session
-from patchsae_ray.writing import remove_tree, write_bytes
+from patchsae_ray.writing import remove, remove_tree, write_bytes
 from tests.benchmarks.pipeline import NoTracker, Totals
 from tests.data.makers import parquet_bytes
 
+OUTPUTS = {"a.bin": "key"}
 IMAGES, UNITS = 9 * 512 + 10, 10
 
 
@@ -46,9 +50,9 @@ class Progress:
 class Driver(UnitPass[Totals]):
     """A pass whose units are run by a function in this process."""
 
-    def __init__(self, folder: Path, data: Path, work: Callable[[int], str], outputs: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, data: Path, work: Callable[[int], str], anew: bool = False) -> None:
         manifest = open_dataset("many", str(data), None, None)
-        session = Session(None, NoTracker(), ResultFolder(str(folder), "extract", {}, outputs or {}))  # type: ignore[arg-type]
+        session = Session(None, NoTracker(), ResultFolder(str(folder), "extract", {}, OUTPUTS), anew)  # type: ignore[arg-type]
         super().__init__("extract", manifest, 16, None, Totals, session, "key", 0.9, 5.0)  # type: ignore[arg-type]
         self.work, self.progress, self.ran = work, Progress(), list[int]()
 
@@ -219,17 +223,67 @@ def test_commits_that_a_listing_does_not_show_are_not_repeated(
     assert driver.ran == list(range(UNITS))
 
 
+@pytest.mark.parametrize("earlier", [True, False])
+def test_bundles_that_are_gone_at_the_merge_are_made_again(
+    earlier: bool, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if earlier:
+        together([Driver(tmp_path, data, lambda unit: "")], monkeypatch)
+    lost, read = [4, 9], BundleFolder.read
+
+    def loses_some(folder: BundleFolder, bundle: Bundle) -> Any:
+        while lost:
+            remove(storage.join(folder.uri, bundle_name([lost.pop()])))
+        return read(folder, bundle)
+
+    monkeypatch.setattr(BundleFolder, "read", loses_some)
+    driver = Driver(tmp_path, data, lambda unit: "")
+    (found,) = together([driver], monkeypatch)
+    assert not isinstance(found, BaseException), found
+    assert sorted(driver.ran) == sorted([4, 9] if earlier else [*range(UNITS), 4, 9])
+    assert found[0].count == IMAGES
+    assert (found[1].units_before, found[1].images_here) == ((8, 512 + 10) if earlier else (0, IMAGES))
+
+
+def test_a_bundle_that_cannot_be_found_though_it_is_listed_ends_the_pass(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nowhere(folder: BundleFolder, bundle: Bundle) -> Any:
+        raise NotFound(f"{bundle.name} is not there")
+
+    monkeypatch.setattr(BundleFolder, "read", nowhere)
+    (error,) = together([Driver(tmp_path, data, lambda unit: "")], monkeypatch)
+    assert isinstance(error, NotFound)
+
+
+def finish(folder: Path) -> None:
+    run = ResultFolder(str(folder), "extract", {}, OUTPUTS)
+    run.write("a.bin", b"done")
+    run.commit({"summary": {}})
+
+
+def test_a_second_pass_of_a_run_that_was_finished_since_the_first_is_not_begun(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(tmp_path)
+    second = Driver(tmp_path, data, lambda unit: "")
+    (error,) = together([second], monkeypatch)
+    assert str(error) == "extract: another driver has finished this run"
+    assert second.ran == []
+    again = Driver(tmp_path, data, lambda unit: "", anew=True)
+    (found,) = together([again], monkeypatch)
+    assert not isinstance(found, BaseException), found
+    assert (found[0].count, again.ran) == (IMAGES, list(range(UNITS)))
+
+
 def test_a_run_that_another_driver_has_finished_is_not_begun_again(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outputs = {"a.bin": "key"}
-    driver = Driver(tmp_path, data, lambda unit: "", outputs)
+    driver = Driver(tmp_path, data, lambda unit: "")
     other = Other(driver)
 
     def finishes(seconds: float) -> None:  # and takes the bundles away
-        folder = ResultFolder(str(tmp_path), "extract", {}, outputs)
-        folder.write("a.bin", b"done")
-        folder.commit({"summary": {}})
+        finish(tmp_path)
         remove_tree(other.folder.uri)
 
     monkeypatch.setattr(passes.time, "sleep", finishes)
@@ -252,6 +306,64 @@ def test_a_unit_that_was_given_up_counts_until_another_driver_has_done_it(
     (error,) = together([limited], monkeypatch)
     assert isinstance(error, UserError)
     assert str(error).startswith("512 of 4618 images cannot be read, the first ")
+
+
+def test_drivers_that_have_each_given_up_a_unit_do_not_wait_for_each_other(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, looks = threading.Barrier(2), itertools.count()
+
+    def gives_up_its_first() -> Callable[[int], str]:
+        begun: list[int] = []
+
+        def work(unit: int) -> str:
+            begun.append(unit)
+            if len(begun) > 1:
+                return ""
+            both.wait(10)
+            return f"unit {unit} was given up"
+
+        return work
+
+    def for_long(driver: Driver) -> None:
+        if next(looks) > 200:
+            raise UserError("both wait")
+
+    monkeypatch.setattr(Driver, "see_progress", for_long)
+    drivers = [Driver(tmp_path, data, gives_up_its_first()) for _ in range(2)]
+    given_up = []
+    for found in together(drivers, monkeypatch):
+        assert not isinstance(found, BaseException), found
+        given_up.append(sorted({reason for _, _, reason in found[1].bad}))
+    assert given_up[0] == given_up[1] == sorted(f"unit {driver.ran[0]} was given up" for driver in drivers)
+    assert sorted(drivers[0].ran + drivers[1].ran) == list(range(UNITS))
+    (again,) = together([Driver(tmp_path, data, lambda unit: "")], monkeypatch)
+    assert not isinstance(again, BaseException), again
+    assert (again[0].count, again[1].bad, again[1].units_before) == (IMAGES, [], UNITS - 2)
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_unit_given_up_before_counts_once_its_driver_is_seen_to_live(
+    lives: bool, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "DEAD_AFTER_SECONDS", 0.02)
+    driver = Driver(tmp_path, data, lambda unit: "")
+    other = Other(driver)
+    for unit in range(UNITS - 1):
+        other.commit(unit)
+    GivenUp(driver.folder.uri, "other", Peers(driver.folder.uri)).write(UNITS - 1, "unit 9 was given up")
+    wait = time.sleep
+
+    def meanwhile(seconds: float) -> None:
+        wait(0.03)
+        if lives:
+            other.beat()
+
+    monkeypatch.setattr(passes.time, "sleep", meanwhile)
+    (found,) = together([driver], monkeypatch)
+    assert not isinstance(found, BaseException), found
+    assert driver.ran == ([] if lives else [UNITS - 1])
+    assert {reason for _, _, reason in found[1].bad} == ({"unit 9 was given up"} if lives else set())
 
 
 def test_bad_images_are_counted_by_unit_as_they_come() -> None:
