@@ -53,7 +53,7 @@ class Sign:
 def find_or_make(source: Source, root_dir: str, relist: bool, runner: TaskRunner | None = None) -> Manifest:
     """The manifest of a source: the kept one where the source has not changed, else made anew, for `keep`.
 
-    A store that does not answer is said at once, as at the start of every job; the runner's tasks are patient.
+    A store that does not answer is said at once, as at the start of every job; once parts are made it is waited for.
 
     Args:
         source: the data set.
