@@ -50,10 +50,21 @@ class Sign:
     """Directory → time of change in ns; the digest of the list of files; empty."""
 
 
+@dataclass(frozen=True)
+class Note:
+    """What leads from a source to its kept manifest."""
+
+    sign: Sign
+    manifest: str
+    """Its file's name."""
+    created: str
+    """When, in ISO 8601."""
+
+
 def find_or_make(source: Source, root_dir: str, relist: bool, runner: TaskRunner | None = None) -> Manifest:
     """The manifest of a source: the kept one where the source has not changed, else made anew, for `keep`.
 
-    A store that does not answer is said at once, as at the start of every job; the runner's tasks are patient.
+    A store that does not answer is said at once, as at the start of every job; once parts are made it is waited for.
 
     Args:
         source: the data set.
@@ -74,14 +85,45 @@ def _kept(source: Source, folder: str, note_name: str) -> Manifest | None:
     note_uri = storage.join(folder, note_name)
     if not storage.exists(note_uri):
         return None
-    note = json.loads(storage.read_text(note_uri))
-    if note.get("format") != FORMAT:
-        log.info("manifest of %s: the kept one is of an older version; it is made again", source.uri)
+    note = _note(note_uri, source)
+    if note is None or not _unchanged(source, note.sign):
         return None
-    if not _unchanged(source, Sign(**note["sign"])):
+    try:
+        manifest = _load(storage.join(folder, note.manifest))
+        _expect_files(manifest, folder)
+    except NotFound as error:
+        log.warning("manifest of %s: the kept one is not whole (%s); it is made again", source.uri, error)
         return None
-    log.info("manifest of %s kept since %s (--relist lists it anew)", source.uri, note["created"])
-    return _load(storage.join(folder, note["manifest"]))
+    log.info("manifest of %s kept since %s (--relist lists it anew)", source.uri, note.created)
+    return manifest
+
+
+def _note(uri: str, source: Source) -> Note | None:
+    """None where it is of an older version, or damaged."""
+    try:
+        said = json.loads(storage.read_bytes(uri))
+        if said.get("format") != FORMAT:
+            log.info("manifest of %s: the kept one is of an older version; it is made again", source.uri)
+            return None
+        sign = Sign(**said["sign"])
+        if isinstance(sign.value, dict) == (sign.kind == "directories"):
+            return Note(sign, str(said["manifest"]), str(said["created"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    log.warning("manifest of %s: %s, which tells of the kept one, is damaged; it is made again", source.uri, uri)
+    return None
+
+
+def _expect_files(manifest: Manifest, folder: str) -> None:
+    """Look whether the files are there that hold a kept manifest's rows and labels.
+
+    Raises: NotFound where one is gone.
+    """
+    parts = _parts_folder(folder)
+    there = {entry.path for entry in storage.entries(parts)}
+    for uri in (*(part.uri for part in manifest.units.parts), str(manifest.units.label_source)):
+        if posixpath.basename(uri) not in there:
+            raise NotFound(f"no such file: {uri}")
 
 
 def _made(source: Source, folder: str, note_name: str, runner: TaskRunner | None) -> Manifest:
@@ -193,12 +235,15 @@ def _load(uri: str) -> Manifest:
     """
     data = storage.read_bytes(uri)
     try:
-        reader = pa.ipc.open_file(pa.BufferReader(data))
-        said = json.loads(reader.schema.metadata[b"manifest"])
-        edges, groups = (reader.get_batch(number).column("edge").to_numpy() for number in (0, 1))
-    except (pa.ArrowInvalid, OSError, TypeError, KeyError, ValueError) as error:
+        return _parsed(data, _parts_folder(posixpath.dirname(uri)))
+    except (pa.ArrowException, OSError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"{uri} is not a whole manifest; --relist would make it again") from error
-    folder = _parts_folder(posixpath.dirname(uri))
+
+
+def _parsed(data: bytes, folder: str) -> Manifest:
+    reader = pa.ipc.open_file(pa.BufferReader(data))
+    said = json.loads(reader.schema.metadata[b"manifest"])
+    edges, groups = (reader.get_batch(number).column("edge").to_numpy() for number in (0, 1))
     parts = tuple(Part(count, uri=storage.join(folder, name)) for name, count in said["parts"])
     reading: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in said["reading"].items()

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from patchsae_ray import storage
+from patchsae_ray.data.s3_pages import s3_pages
+from patchsae_ray.errors import NotFound
 
 IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 ARCHIVE_EXTENSIONS = frozenset({".parquet", ".tar"})
@@ -195,27 +197,17 @@ def _remote(uri: str, deep: bool) -> Iterator[tuple[str, int, dict[str, Any]]]:
     filesystem, root = storage.filesystem_of(uri)
     root = root.rstrip("/")
     filesystem.invalidate_cache()
-    if deep and "s3" in filesystem.protocol:
-        yield from _s3_pages(filesystem, root)
+    if "s3" in filesystem.protocol:
+        skipped = len(root.partition("/")[2]) + 1 if "/" in root else 0
+        for page in s3_pages(uri, deep):
+            for said in page.get("Contents", ()):
+                if not said["Key"].endswith("/"):
+                    yield said["Key"][skipped:], int(said["Size"]), said
         return
     found = filesystem.find(root, detail=True) if deep else {one["name"]: one for one in filesystem.ls(root, detail=True)}
     for name, said in found.items():
         if said["type"] != "directory" and len(name) > len(root):
             yield name[len(root) + 1 :], int(said.get("size") or 0), said
-
-
-def _s3_pages(filesystem: Any, root: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    bucket, _, prefix = root.partition("/")
-    prefix = f"{prefix}/" if prefix else ""
-    more: dict[str, str] = {}
-    while True:
-        page = filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
-        for said in page.get("Contents", ()):
-            if not said["Key"].endswith("/"):
-                yield said["Key"][len(prefix) :], int(said["Size"]), said
-        if not page.get("IsTruncated"):
-            return
-        more = {"ContinuationToken": page["NextContinuationToken"]}
 
 
 def branches(root: str, prefixes: tuple[str, ...] = ()) -> list[Branch]:
@@ -260,12 +252,22 @@ def _remote_branches(root: str, prefixes: tuple[str, ...]) -> list[Branch]:
     found: list[Branch] = []
     folder = base
     while True:
-        found.append(Branch(root, folder[len(base) + 1 :], False, prefixes))
+        path = folder[len(base) + 1 :]
+        found.append(Branch(root, path, False, prefixes))
         try:
-            listed = filesystem.ls(folder, detail=True)
-        except FileNotFoundError:
+            below = sorted(_remote_folders(storage.join(root, path) if path else root), key=_in_paths)
+        except (FileNotFoundError, NotFound):
             return []
-        below = sorted((one["name"] for one in listed if one["type"] == "directory"), key=_in_paths)
         if len(below) != 1:
             return [*found, *(Branch(root, name[len(base) + 1 :], True, prefixes) for name in below)]
         folder = below[0]
+
+
+def _remote_folders(uri: str) -> list[str]:
+    """The folders right below one, as paths of its file system."""
+    filesystem, folder = storage.filesystem_of(uri)
+    if "s3" not in filesystem.protocol:
+        return [one["name"] for one in filesystem.ls(folder, detail=True) if one["type"] == "directory"]
+    bucket = folder.partition("/")[0]
+    found = [said["Prefix"] for page in s3_pages(uri, deep=False) for said in page.get("CommonPrefixes", ())]
+    return [f"{bucket}/{prefix[:-1]}" for prefix in found if not prefix.endswith("//")]

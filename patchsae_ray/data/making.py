@@ -40,7 +40,8 @@ class Making:
 
     Args:
         runner: of many items; few are done by threads of this process, and so are all without a runner.
-        folder: where the runner's tasks write the parts, so that the rows never reach this process.
+        folder: where the runner's tasks write the parts, so that this process never holds all rows; for the digest of an
+            image folder it reads them once more, a part at a time.
     """
 
     runner: TaskRunner | None = None

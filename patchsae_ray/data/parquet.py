@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from patchsae_ray import storage
@@ -17,6 +18,8 @@ from patchsae_ray.errors import UserError, first_line
 TAIL_BYTES = 64 * 2**10
 """Read of a file's end, at first; most footers are smaller."""
 FOOTER_CACHE_BYTES = 16 * 2**20
+REPEATED_BYTES = 512 * 2**20
+"""That a row group's images may take beyond those of its different values; rows that come after are bad rows."""
 _PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises for damaged bytes; they are in memory by then, so that it is no store's fault."""
 
@@ -65,30 +68,69 @@ def read_footer(uri: str, size: int) -> Footer:
     return Footer(uri, metadata, tail[-8 - length : -8], np.cumsum([0, *rows]))
 
 
-def read_columns(footer: Footer, groups: Sequence[int], column: str) -> Any:
+def read_columns(footer: Footer, groups: Sequence[int], column: str, once: bool = False) -> Any:
     """A column of some row groups, as pyarrow's ChunkedArray; only its bytes are read.
 
-    Raises: DamagedColumn where they do not decode, StoreError where the store does not answer.
+    Args:
+        footer: of the file.
+        groups: indices of the row groups.
+        column: its name; it may be nested.
+        once: hold equal values once, as a dictionary: a few bytes of a file may stand for many rows of a large value.
+
+    Raises: DamagedColumn where they do not decode, or where with `once` what is repeated would take over REPEATED_BYTES as
+        it is read row by row; StoreError where the store does not answer.
     """
     chunks = [chunk for group in groups for chunk in footer.chunks(group, column)]
     contents = storage.read_ranges([(footer.uri, begin, end) for begin, end in chunks])
     file = _KnownBytes({begin: content for (begin, _), content in zip(chunks, contents, strict=True)})
+    names = [footer.metadata.schema.column(index).path for index in range(footer.metadata.num_columns)] if once else []
     rows: list[Any] = []
+
+    def reader(dictionaries: list[str]) -> Any:
+        source = pa.PythonFile(file, mode="r")
+        return pq.ParquetFile(source, metadata=footer.metadata, read_dictionary=dictionaries, pre_buffer=False)
+
     try:
-        reader = pq.ParquetFile(pa.PythonFile(file, mode="r"), metadata=footer.metadata, pre_buffer=False)
-        return reader.read_row_groups(list(groups), columns=[column], use_threads=False)[column]
+        found = reader(names).read_row_groups(list(groups), columns=[column], use_threads=False)[column]
+        return _expect_bounded(found) if once else found
     except _PARQUET_ERRORS as error:
         reason = first_line(error)
+    left = REPEATED_BYTES + sum(map(len, contents))
     try:  # what comes before the damaged page
-        for batch in reader.iter_batches(1, row_groups=list(groups), columns=[column], use_threads=False):
+        for batch in reader([]).iter_batches(1, row_groups=list(groups), columns=[column], use_threads=False):
+            left -= batch.nbytes
+            if left < 0:
+                break
             rows.append(batch.column(0))
     except _PARQUET_ERRORS:
         pass
     raise DamagedColumn(pa.chunked_array(rows, type=footer.metadata.schema.to_arrow_schema().field(column).type), reason)
 
 
+def _expect_bounded(column: Any) -> Any:
+    """The same column.
+
+    Raises: DamagedColumn, with the rows before, where its values row by row take over REPEATED_BYTES more than held once.
+    """
+    sizes = np.cumsum(np.concatenate([np.zeros(0, np.int64), *map(_row_bytes, column.chunks)]))
+    fitting = int(np.searchsorted(sizes, column.nbytes + REPEATED_BYTES, side="right"))
+    if fitting < len(column):
+        raise DamagedColumn(column[:fitting], f"its rows repeat values to over {REPEATED_BYTES} bytes")
+    return column
+
+
+def _row_bytes(values: pa.Array) -> np.ndarray:
+    """[rows] int64: bytes of each row's values that are held in dictionaries."""
+    if pa.types.is_struct(values.type):
+        return np.stack([_row_bytes(child) for child in values.flatten()]).sum(axis=0, dtype=np.int64)
+    if not pa.types.is_dictionary(values.type):
+        return np.zeros(len(values), np.int64)
+    lengths = pc.binary_length(values.dictionary).take(values.indices)
+    return lengths.fill_null(0).to_numpy().astype(np.int64)
+
+
 class DamagedColumn(Exception):
-    """A column's pages do not decode."""
+    """A column's pages do not decode, or to too much."""
 
     def __init__(self, rows: Any, reason: str) -> None:
         super().__init__(reason)
@@ -157,7 +199,7 @@ def read_group(footer: Footer, group: int, column: str, keep: bool) -> RowGroup:
 
     def read() -> RowGroup:
         try:
-            return RowGroup(read_columns(footer, [group], column))
+            return RowGroup(read_columns(footer, [group], column, once=True))
         except DamagedColumn as damaged:
             return RowGroup(damaged.rows, damaged.reason)
 

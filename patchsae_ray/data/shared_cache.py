@@ -27,7 +27,7 @@ class SharedCache(Generic[T]):
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """What is kept under a key, or else what `make` gives; others that want it meanwhile wait for this call.
 
-        Raises: whatever `make` raises, to all that wait; nothing is kept then.
+        Raises: whatever `make` or `weigh` raises, to all that wait; nothing is kept then.
         """
         with self._lock:
             if key in self._kept:
@@ -44,12 +44,12 @@ class SharedCache(Generic[T]):
     def _make(self, key: Hashable, make: Callable[[], T], future: "Future[T]") -> None:
         try:
             made = make()
+            weight = self._weigh(made)
         except BaseException as error:
             with self._lock:
                 del self._making[key]
             future.set_exception(error)
             return
-        weight = self._weigh(made)
         with self._lock:
             del self._making[key]
             self._kept[key] = (made, weight)

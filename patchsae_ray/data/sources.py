@@ -134,7 +134,7 @@ def _list_folder(source: Source, making: Making) -> Listing:
         root, prefixes = (inside, prefixes) if storage.is_directory(inside) else (root, _prefixes(source.split))
     found = branches(root, prefixes)
     deep = [branch for branch in found if branch.deep]
-    top = joined(list_branch(branch) for branch in found if not branch.deep)
+    top = joined(on_threads(list_branch, [branch for branch in found if not branch.deep]))
     if top.images.num_rows or not deep:  # files beside folders belong between them
         top = joined([top, *on_threads(list_branch, deep)])
         listing = _listing(source, root, [top], [share_of(top.images, root, None)])

@@ -8,8 +8,9 @@ them, for they are wanted all together as well.
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from threading import Lock
 from typing import overload
@@ -18,11 +19,19 @@ import numpy as np
 import pyarrow as pa
 
 from patchsae_ray import storage
+from patchsae_ray.data.shared_cache import SharedCache
+from patchsae_ray.errors import NotFound, UserError, first_line
 
 NO_LABEL = -1
 ROWS_A_BATCH = 512
 ROWS_A_PART = 65_536
 """Rows of a part's file, at most: about a megabyte."""
+PART_CACHE_BYTES = 512 * 2**20
+"""Of parts' files from elsewhere that a process keeps: those of some 50 million images."""
+OPEN_FILES = 256
+"""Parts' files on this machine that a process keeps open, at most."""
+LABEL_CACHE_BYTES = 2**30
+"""Of label arrays that a process keeps, 4 bytes an image: all but the largest data sets' are read once."""
 
 IMAGE_SCHEMA = pa.schema(
     [
@@ -74,21 +83,28 @@ class Part:
     def batch(self, number: int) -> pa.RecordBatch:
         """The batch of this number.
 
-        Raises: UserError where its file is not there, StoreError where the store does not answer.
+        Raises: UserError where its file is not there or damaged, StoreError where the store does not answer.
         """
         return _batch(self, number)
 
     def each(self) -> Iterator[pa.RecordBatch]:
-        """The batches in order."""
+        """The batches in order, kept nowhere; a store that does not answer is tried again for a while.
+
+        Raises: as `batch`, StoreError once the store has stayed away for too long.
+        """
+        file = storage.patiently(lambda: _ArrowFile(self))
         for number in range(-(-self.count // ROWS_A_BATCH)):
-            yield self.batch(number)
+            yield storage.patiently(partial(file.batch, number))
 
     def in_memory(self) -> "Part":
         """The same without its file.
 
         Raises: as `batch`.
         """
-        return self if self.data else Part(self.count, storage.read_bytes(self.uri))
+        if self.data:
+            return self
+        with _of_a_kept_manifest():
+            return Part(self.count, storage.read_bytes(self.uri))
 
 
 def rows_of(uris: Sequence[str], file: np.ndarray, names: pa.Array, at: np.ndarray, sizes: np.ndarray) -> pa.Table:
@@ -124,7 +140,8 @@ class UnitTable(Sequence[Unit]):
 
     def labels(self) -> np.ndarray:
         """[images] int32: each image's label as the source has it, -1 without one."""
-        return self.label_source if isinstance(self.label_source, np.ndarray) else _kept_labels(self.label_source)
+        uri = self.label_source
+        return uri if isinstance(uri, np.ndarray) else _kept_labels(uri, int(self.edges_array[-1]))
 
     def at(self, position: int) -> int:
         """Index of the unit that holds an image.
@@ -150,7 +167,8 @@ class UnitTable(Sequence[Unit]):
     def read(self, index: int) -> Unit:
         """Unit `index`, without looking at the others; a store that does not answer is tried again for a while.
 
-        Raises: UserError where a kept manifest's file is not there, StoreError once its store has stayed away for too long.
+        Raises: UserError where a kept manifest's file is not there or damaged, StoreError once its store has stayed away for
+            too long.
         """
         start, end = self.edges_array[index : index + 2].tolist()
         return Unit(index, start, self.take(np.arange(start, end)))
@@ -191,7 +209,8 @@ class UnitTable(Sequence[Unit]):
         uri = self.label_source
         if isinstance(uri, str) and len(positions) and (np.diff(positions) == 1).all():
             first, last = int(positions[0]), int(positions[-1])
-            return np.frombuffer(storage.read_ranges([(uri, 4 * first, 4 * last + 4)])[0], "<i4")
+            with _of_a_kept_manifest():
+                return np.frombuffer(storage.read_ranges([(uri, 4 * first, 4 * last + 4)])[0], "<i4")
         return self.labels()[positions]
 
     def picked(self, positions: np.ndarray, edges: np.ndarray) -> "UnitTable":
@@ -214,32 +233,66 @@ def _plain(batch: pa.RecordBatch, rows: np.ndarray) -> pa.Table:
 
 
 class _ArrowFile:
-    """A part's file: on this machine its batches are read as they are wanted, from elsewhere it is taken whole."""
+    """A part's file: on this machine its batches are read as they are wanted, from elsewhere it is taken whole.
+
+    Raises: as `Part.batch`.
+    """
 
     def __init__(self, part: Part) -> None:
+        self._uri = part.uri or "the manifest in memory"
         if part.data or not storage.is_local(part.uri):
-            source = pa.BufferReader(part.in_memory().data)
+            content = part.in_memory().data
+            self.weight, source = len(content), pa.BufferReader(content)
         else:
-            source = pa.OSFile(part.uri.removeprefix("file://"))
-        self._reader = pa.ipc.open_file(source)
+            with _of_a_kept_manifest():
+                file = storage.open_read(part.uri)
+            self.weight, source = PART_CACHE_BYTES // OPEN_FILES, pa.PythonFile(file, mode="r")
+        with self._parsing():
+            self._reader = pa.ipc.open_file(source)
         self._lock = Lock()  # the reader is not made for several threads
 
     def batch(self, number: int) -> pa.RecordBatch:
-        with self._lock:
-            return self._reader.get_batch(number)
+        with self._lock, self._parsing():
+            batch = self._reader.get_batch(number)
+            batch.validate(full=True)
+        return batch
+
+    @contextmanager
+    def _parsing(self) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{self._uri} is damaged ({first_line(error)}); --relist makes it again") from error
 
 
-@lru_cache(maxsize=1024)
-def _arrow_file(part: Part) -> _ArrowFile:
-    return _ArrowFile(part)
+_files: SharedCache[_ArrowFile] = SharedCache(PART_CACHE_BYTES, lambda file: file.weight)
 
 
 @lru_cache(maxsize=256)
 def _batch(part: Part, number: int) -> pa.RecordBatch:
-    with storage.reaching(part.uri or "the manifest"):
-        return _arrow_file(part).batch(number)
+    return _files.get(part.uri or part, partial(_ArrowFile, part)).batch(number)
 
 
-@lru_cache(maxsize=2)
-def _kept_labels(uri: str) -> np.ndarray:
-    return np.frombuffer(storage.read_bytes(uri), "<i4")
+_labels: SharedCache[np.ndarray] = SharedCache(LABEL_CACHE_BYTES, lambda labels: labels.nbytes)
+
+
+def _kept_labels(uri: str, count: int) -> np.ndarray:
+    """[count] int32 of a kept manifest, read once by a process."""
+
+    def read() -> np.ndarray:
+        with _of_a_kept_manifest():
+            content = storage.read_bytes(uri)
+        if len(content) != 4 * count:
+            raise UserError(f"{uri} is damaged: {len(content)} bytes, expected {4 * count}; --relist makes it again")
+        return np.frombuffer(content, "<i4")
+
+    return _labels.get(uri, read)
+
+
+@contextmanager
+def _of_a_kept_manifest() -> Iterator[None]:
+    """What is wrong with one of its files is put right by making it anew."""
+    try:
+        yield
+    except NotFound as error:
+        raise NotFound(f"{error}, which a kept manifest needs; --relist makes it again") from error

@@ -7,7 +7,8 @@ drivers of one run share its units: each claims some, looks at what the others h
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -22,7 +23,7 @@ from patchsae_ray.pipelines.claims import Claims, Held
 from patchsae_ray.pipelines.cluster import several_machines
 from patchsae_ray.pipelines.devices import warn_of_several
 from patchsae_ray.pipelines.given_up import GivenUp
-from patchsae_ray.pipelines.heartbeat import Heartbeat, Peers
+from patchsae_ray.pipelines.heartbeat import Heartbeat, Peers, driver_of
 from patchsae_ray.pipelines.merging import helpers, merged_contents, naming_the_image
 from patchsae_ray.pipelines.pass_record import Pass
 from patchsae_ray.pipelines.progress import Patience
@@ -102,7 +103,11 @@ class UnitPass(Generic[T]):
         kept.units_before = kept.num_units
         log.info("%s: %s images in %s units", self.what, f"{kept.num_images:,}", f"{kept.num_units:,}")
         failed: dict[int, str] = {}
-        with Heartbeat(self.folder.uri) as heartbeat, naming_the_image(self.whole or self.manifest):
+        with (
+            self._tidied(),
+            Heartbeat(self.folder.uri) as heartbeat,
+            naming_the_image(self.whole or self.manifest),
+        ):
             others, totals = self._others(heartbeat.driver), None
             while totals is None:
                 chosen = self._cover(kept, failed, others)
@@ -118,6 +123,18 @@ class UnitPass(Generic[T]):
                 f", {theirs:,} units by others" if theirs > 0 else "",
             )  # fmt: skip
         return totals, kept
+
+    @contextmanager
+    def _tidied(self) -> Iterator[None]:
+        """Where the pass fails before anything was committed, and nobody else is at work, leave no claim behind."""
+        try:
+            yield
+        except Exception:
+            with suppress(UserError):
+                entries = self.folder.entries()
+                if not self.folder.list(entries) and not any(driver_of(entry.path) for entry in entries):
+                    remove_tree(self.folder.uri)
+            raise
 
     def _check_once(self, kept: Pass, failed: dict[int, str]) -> None:
         """See that every unit was merged exactly once, and every image is accounted for."""

@@ -4,12 +4,15 @@ import io
 import tarfile
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from patchsae_ray import storage
+from patchsae_ray.data import parquet
 from patchsae_ray.data.sources import build_manifest
-from patchsae_ray.data.units import DecodedUnit, decode_images, decode_unit
+from patchsae_ray.data.units import DecodedUnit, Raw, decode_images, decode_unit
 from patchsae_ray.errors import NotFound, StoreError, UserError
 from tests.data.makers import parquet_bytes, picture, tar_bytes, write
 
@@ -47,6 +50,54 @@ def test_rows_before_a_damaged_page_are_read(tmp_path: Path) -> None:
     assert 5 < len(unit.positions) < 20
     assert unit.positions.tolist() == list(range(len(unit.positions)))
     assert [position for position, _, _ in unit.bad] == list(range(len(unit.positions), 30))
+
+
+def bomb(rows: int, size: int, kind: pa.DataType, named: bool) -> bytes:
+    """Rows of one large value, in a file of a few bytes."""
+    images = pa.array([bytes(size)] * rows, kind)
+    column = pa.StructArray.from_arrays([images, pa.array(["a.png"] * rows)], ["bytes", "path"]) if named else images
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": column}), buffer, compression="zstd", dictionary_pagesize_limit=2**30)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()], ids=str)
+def test_a_value_that_many_rows_repeat_is_held_once(
+    tmp_path: Path, kind: pa.DataType, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "REPEATED_BYTES", 3 * 2**20)
+    file = tmp_path / "a.parquet"
+    file.write_bytes(bomb(64, 2**20, kind, named))
+    assert file.stat().st_size < 3000
+    footer = parquet.read_footer(str(file), file.stat().st_size)
+    group = parquet.read_group(footer, 0, "image", keep=False)
+    assert group.images.nbytes < 1.1 * 2**20
+    (unit,) = decoded(file)
+    reasons = [reason for _, _, reason in unit.bad]
+    assert reasons[4:] == ["damaged row group: its rows repeat values to over 3145728 bytes"] * 60
+    assert all("damaged row group" not in reason for reason in reasons[:4]), "these are read, and are no images"
+
+
+def test_damage_and_repeated_values_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "REPEATED_BYTES", 3 * 2**20)
+    file = tmp_path / "a.parquet"
+    data = bomb(64, 2**20, pa.binary(), True)
+    paths = pq.read_metadata(io.BytesIO(data)).row_group(0).column(1)
+    end = paths.dictionary_page_offset + paths.total_compressed_size
+    file.write_bytes(data[: end - 10] + b"\xff" * 10 + data[end:])
+    footer = parquet.read_footer(str(file), file.stat().st_size)
+    group = parquet.read_group(footer, 0, "image", keep=False)
+    assert group.reason
+    assert group.images.nbytes <= 4 * 2**20
+
+
+def test_images_that_are_equal_are_read_as_others(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(parquet_bytes([3, 4, 3, 3, 5] * 4, [0] * 20, row_group_size=10))
+    (unit,) = decoded(tmp_path)
+    assert not unit.bad
+    expected = [Raw("", picture(number), 0).decode(8) for number in [3, 4, 3, 3, 5] * 4]
+    assert np.array_equal(unit.pixels, np.stack(expected))
 
 
 def test_damaged_labels_are_said_at_once(tmp_path: Path) -> None:

@@ -70,3 +70,47 @@ def test_row_groups_are_kept_too(tmp_path: Path) -> None:
     for manifest in (opened(tmp_path / "data", tmp_path / "root"), opened(tmp_path / "data", tmp_path / "root")):
         assert manifest.group_edges().tolist() == [0, 7, 14, 21, 28, 30]
         assert manifest.units.edges().tolist() == [0, 30]
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b'{"format": 2}',
+        b'{"format": 2, "sign": {"kind": "files", "value": "", "more": 1}, "manifest": "a.arrow", "created": ""}',
+        b'{"format": 2, "sign": {"kind": "directories", "value": ""}, "manifest": "a.arrow", "created": ""}',
+    ],
+)
+def test_a_damaged_note_is_made_again(tmp_path: Path, note: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    write(str(tmp_path / "data" / "a.parquet"), parquet_bytes([0, 1, 2], [0, 1, 2]))
+    opened(tmp_path / "data", tmp_path / "root")
+    (file,) = (tmp_path / "root" / "out" / "manifests").glob("*.json")
+    file.write_bytes(note)
+    assert opened(tmp_path / "data", tmp_path / "root").num_images == 3
+    assert f"{file}, which tells of the kept one, is damaged; it is made again" in caplog.text
+    assert b'"manifest": ' in file.read_bytes()
+
+
+@pytest.mark.parametrize("gone", ["*.arrow", "parts/*.part", "parts/*.labels"])
+def test_a_note_whose_files_are_gone_is_made_again(tmp_path: Path, gone: str, caplog: pytest.LogCaptureFixture) -> None:
+    write(str(tmp_path / "data" / "a.parquet"), parquet_bytes([0, 1, 2], [0, 1, 2]))
+    opened(tmp_path / "data", tmp_path / "root")
+    (file,) = (tmp_path / "root" / "out" / "manifests").glob(gone)
+    file.unlink()
+    again = opened(tmp_path / "data", tmp_path / "root")
+    assert again.units.labels().tolist() == [0, 1, 2]
+    assert again.units.read(0).count == 3
+    assert f"the kept one is not whole (no such file: {file}); it is made again" in caplog.text
+    assert file.exists()
+
+
+def test_a_manifest_that_lacks_a_field_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(str(tmp_path / "data" / "a.parquet"), parquet_bytes([0, 1, 2], [0, 1, 2]))
+    monkeypatch.setattr(kept, "_PLAIN_FIELDS", ["source"])
+    opened(tmp_path / "data", tmp_path / "root")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"is not a whole manifest; --relist would make it again"):
+        opened(tmp_path / "data", tmp_path / "root")
