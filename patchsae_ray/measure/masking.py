@@ -13,10 +13,11 @@ import pandas as pd
 from patchsae_ray.measure.arrays import Arrays
 from patchsae_ray.measure.intervals import (
     Spread,
+    change_interval,
     class_variances,
     equal_weight_images,
-    mean_interval,
     share_interval,
+    spread_of_changes,
     spread_of_images,
 )
 
@@ -135,22 +136,27 @@ class MaskingAccuracy:
             nothing = np.full((1 + len(self.right), 3), np.nan)
             return MaskingCurve(nothing, nothing, nothing)
         by_class, by_image = np.full(len(n), 1 / len(n)), n / n.sum()
-        means, changes = there._intervals(by_class)
-        return MaskingCurve(100 * means, 100 * there._intervals(by_image)[0], 100 * changes)
+        return MaskingCurve(100 * there._shares(by_class), 100 * there._shares(by_image), 100 * there._changes(by_class))
 
-    def _intervals(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[1 + m, 3] shares, and their changes from no_sae, of classes that all have images and weigh as `weights` [c] says."""
-        n, r = self.images, self.orders
-        without, total, squares = self.right_without, self.right.sum(axis=1) / r, self.squares / r**2
-        sums = np.concatenate([without[None], total])
-        of_images = spread_of_images(weights, n, sums, np.concatenate([without[None], squares]))
-        differences = sums - without
-        of_changes = spread_of_images(
-            weights, n, differences, np.concatenate([0 * without[None], squares - 2 * self.both / r + without])
+    def _shares(self, weights: np.ndarray) -> np.ndarray:
+        """[1 + m, 3] shares with their intervals, of classes that all have images and weigh as `weights` [c] says."""
+        n, r, without = self.images, self.orders, self.right_without[None]
+        sums = np.concatenate([without, self.right.sum(axis=1) / r])
+        spread = spread_of_images(weights, n, sums, np.concatenate([without, self.squares / r**2]))
+        return share_interval(sums @ (weights / n), self._with_orders(weights, spread), equal_weight_images(weights, n))
+
+    def _changes(self, weights: np.ndarray) -> np.ndarray:
+        """[1 + m, 3] what the shares are above that of no_sae, likewise; of no_sae itself 0."""
+        n, r, without = self.images, self.orders, self.right_without[None]
+        right, both, squares = (
+            np.concatenate([without, values]) for values in (self.right.sum(axis=1) / r, self.both / r, self.squares / r**2)
         )
-        shares, changes = (values @ (weights / n) for values in (sums, differences))
-        of_images, of_changes = (self._with_orders(weights, spread) for spread in (of_images, of_changes))
-        return share_interval(shares, of_images, equal_weight_images(weights, n)), mean_interval(changes, of_changes)
+        gained, lost = right - both, without - both
+        spread, added = spread_of_changes(weights, n, gained, lost, squares - 2 * both + without)
+        each = weights / n
+        changes = change_interval(gained @ each, lost @ each, self._with_orders(weights, spread), added)
+        changes[0] = 0
+        return changes
 
     def _with_orders(self, weights: np.ndarray, images: Spread) -> Spread:
         """The spread over other images and other orders, of that over other images alone; [1 + m], no_sae first.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from patchsae_ray.measure.arrays import Arrays
-from patchsae_ray.measure.intervals import mean_interval, spread_of_images
+from patchsae_ray.measure.intervals import change_interval, spread_of_changes
 
 NOT_MEASURED = -1
 
@@ -143,6 +143,7 @@ class PairedCounts:
 
         An image's change is -1, 0 or 1, and its spread is taken within classes (measure/intervals.py). What the models have
         in common, the images that both get right or wrong, drops out: so the interval is narrower than the two models' own.
+        Where no image changes it still has a width: of the images of other samples some may.
         """
         n = self.images[classes]
         there = n > 0
@@ -150,6 +151,7 @@ class PairedCounts:
         if not len(n):
             return PairedChange(0, 0, 0, np.full(3, np.nan))
         weights = np.full(len(n), 1 / len(n))
-        spread = spread_of_images(weights, n, gained - lost, gained + lost)
-        value = np.asarray((gained - lost) @ (weights / n))
-        return PairedChange(int(n.sum()), int(gained.sum()), int(lost.sum()), mean_interval(value, spread))
+        spread, added = spread_of_changes(weights, n, gained, lost, gained + lost)
+        each = weights / n
+        change = change_interval(np.asarray(gained @ each), np.asarray(lost @ each), spread, added)
+        return PairedChange(int(n.sum()), int(gained.sum()), int(lost.sum()), change)

@@ -117,7 +117,9 @@ def test_certainty_is_never_claimed() -> None:
     accuracy = MaskingAccuracy(1, 2, 2)
     accuracy.update(np.repeat([0, 1], 10), np.ones(20, bool), np.ones((20, 1, 2), bool))
     assert accuracy.curve().mean_over_classes[0].tolist() == pytest.approx([100, 100 * 20 / (20 + 2.1009**2), 100], abs=1e-2)
-    assert accuracy.curve().change[1].tolist() == [0, 0, 0]
+    certain = 100 * 2.1009**2 / (20 + 2.1009**2)
+    assert accuracy.curve().change[1].tolist() == pytest.approx([0, -certain, certain], abs=1e-2)
+    assert accuracy.curve().change[0].tolist() == [0, 0, 0], "no_sae is what it is compared with"
 
 
 def test_a_change_is_measured_on_the_same_images() -> None:

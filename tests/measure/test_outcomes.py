@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchsae_ray.measure.arrays import from_bytes, to_bytes
+from patchsae_ray.measure.intervals import Spread, change_interval
 from patchsae_ray.measure.outcomes import NOT_MEASURED, Outcomes, PairedCounts, tried
 
 
@@ -47,9 +48,12 @@ def test_paired_change_by_hand() -> None:
     assert (found.images, found.gained, found.lost) == (8, 3, 1)
     assert found.change[0] == pytest.approx((0.25 + 0.25) / 2)
     # Variances of one image's change within the classes: of 0 -1 1 1 and 0 1 0 0, 11/12 and 1/4; t with 6 degrees is 2.4469.
-    half = 2.4469 * np.sqrt((11 / 12 / 4 + 1 / 4 / 4) / 4)
-    assert found.change[1:] == pytest.approx([0.25 - half, 0.25 + half], abs=1e-4)
-    assert counts.change(1).change.tolist() == [0, 0, 0]
+    # With four more images that change, of the 8: a variance of one of 7/16 + 4/8 over one of the mean with 4/8² more.
+    effective = (7 / 16 + 4 / 8) / ((11 / 12 / 4 + 1 / 4 / 4) / 4 + 4 / 64)
+    spread = Spread(np.array(7 / 16 / effective), np.array(6))
+    assert found.change == pytest.approx(change_interval(np.array(3 / 8), np.array(1 / 8), spread, np.array(0.0)))
+    certain = 2.4469**2 / (8 + 2.4469**2)
+    assert counts.change(1).change == pytest.approx([0, -certain, certain], abs=1e-4), "of 8 images without a change"
     assert counts.change(0, slice(1, 2)).images == 4
     assert np.isnan(counts.change(0, slice(2, 3)).change).all(), "no images, no change"
 
