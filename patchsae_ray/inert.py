@@ -5,6 +5,7 @@ all, becomes an inert stand-in. Nothing is imported and nothing is called.
 """
 
 import io
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,10 @@ MAX_SHARING = 2
 """Bytes of a checkpoint's tensors over bytes of its file; more than 1 where tensors share their numbers."""
 _PACKED_BYTES = 16 * 2**20
 """That an archive may unpack to beyond its own size; torch compresses no tensor."""
+
+
+_OLD_FORMAT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""What a file of torch before 1.6 begins with, which is no archive."""
 
 
 class StandIn:
@@ -89,6 +94,22 @@ def check_claims(path: str, loaded: Any, held: int) -> None:
         raise UserError(f"{path} claims tensors of {claimed:,} bytes in {held:,}")
 
 
+def check_tensor(path: str, name: str, value: torch.Tensor) -> None:
+    """See that a tensor is real numbers that lie in memory one by one.
+
+    Args:
+        path: of its file, for the message.
+        name: for the message.
+        value: the tensor.
+
+    Raises: UserError where it is sparse, nested, quantised, complex, or without numbers of its own (meta).
+    """
+    plain = value.layout == torch.strided and not value.is_nested and value.device.type == "cpu"
+    if not plain or value.is_quantized or value.is_complex():
+        kind = f"{value.dtype}, {value.layout}, on {value.device}"
+        raise UserError(f"{path}: {name} is no plain tensor of real numbers ({kind}); save it as a dense one, on the CPU")
+
+
 def load_inert(path: str, data: bytes, expected: Callable[[str], bool], what: str) -> Any:
     """A torch checkpoint's content, objects of expected classes as stand-ins.
 
@@ -100,6 +121,8 @@ def load_inert(path: str, data: bytes, expected: Callable[[str], bool], what: st
 
     Raises: UserError where the file is damaged, claims more than it holds, or names a class that is not expected.
     """
+    if data.startswith(_OLD_FORMAT):
+        raise UserError(f"{path} is saved in torch's old format; load it with torch and save it again")
     check_size(path, io.BytesIO(data), len(data))
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
@@ -109,7 +132,11 @@ def load_inert(path: str, data: bytes, expected: Callable[[str], bool], what: st
     if foreign:
         raise UserError(f"{path} would run {foreign[0]} when unpickled; only {what} are read")
     try:
-        with torch.serialization.safe_globals([(_MADE_PLAIN.get(name, StandIn), name) for name in named]):
+        with (
+            torch.serialization.safe_globals([(_MADE_PLAIN.get(name, StandIn), name) for name in named]),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", UserWarning)  # torch's own, of odd tensors
             loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         reason = error.__context__ or error  # torch wraps what went wrong in advice

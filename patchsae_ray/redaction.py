@@ -2,12 +2,13 @@
 
 import re
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote_plus
 
 HIDDEN = "***"
 
 _PARAMETERS = (
-    r"[\w.-]*(?:signature|credentials?|token|secret|passw(?:or)?d|pwd|api_?key|access_?key(?:id)?|auth|authorization)"
+    r"[\w.-]{0,64}?(?:signature|credentials?|token|secret|passw(?:or)?d|pwd|auth|authorization|odbc_connect"
+    r"|(?:api|access|account|subscription|shared|private)[_-]?key(?:[_-]?id)?)"
     r"|sig|sas|key"
 )
 """Names of query parameters that hold secrets: of presigned S3 and Google URIs, Azure's SAS tokens, what APIs call theirs."""
@@ -16,13 +17,14 @@ _SECRETS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         # user:password@, up to the last @ before the path, or where the password holds a slash to the first @; not host:port/
-        r"([a-z][a-z0-9+.-]*://[^\s\"<>/?#@:]*:)(?!\d+[/?#])((?:[^\s\"<>/?#]*(?=@))|(?:[^\s\"<>@]*(?=@)))",
-        r"((?:[a-z0-9.-]+\+)?https?://)([^\s\"<>/?#@:]+(?=@))",  # a token in the place of the user
-        rf"([?&](?:{_PARAMETERS})=)([^\s\"'<>&#]+)",
-        r"(\b(?:AccountKey|SharedAccessKey|SharedAccessSignature|password|passwd|pwd)=)([^\s;&\"'<>]+)",  # connection strings
+        r"(://[^\s\"<>/?#@:]*+:)(?!\d+[/?#])((?:[^\s\"<>/?#]*(?=@))|(?:[^\s\"<>@]{0,2000}+(?=@)))",
+        r"(https?://)([^\s\"<>/?#@:]++(?=@))",  # a token in the place of the user
+        rf"([?&#;](?:{_PARAMETERS})=[\"']?)([^\s\"'<>&#]+)",
+        # connection strings
+        r"(\b(?:AccountKey|SharedAccessKey|SharedAccessSignature|password|passwd|pwd)=[\"'{]?)([^\s;&\"'<>]+)",
     )
 )
-"""Each finds (what comes before a secret, the secret)."""
+"""Each finds (what comes before a secret, the secret), in time that grows with the text: it may be anyone's, of any length."""
 
 
 def redacted(text: str) -> str:
@@ -39,12 +41,27 @@ def scrubbed(text: str, uri: str) -> str:
         text: say, the message of a library that was given the URI and repeats parts of it.
         uri: whose secrets are looked for, as they are in it and percent-decoded.
     """
-    found = {match.group(2) for pattern in _SECRETS for match in pattern.finditer(uri)}
-    found |= {unquote(secret) for secret in found}
+    decoded = unquote_plus(uri)
+    found = {match.group(2) for pattern in _SECRETS for whole in (uri, decoded) for match in pattern.finditer(whole)}
+    password = _split(uri)[1].rpartition("@")[0].partition(":")[2]
+    found |= {password, *re.split("[@/]", password)}  # some readers of URIs take a part of such a password for host or port
+    found |= {unquote_plus(secret) for secret in found}
     for secret in sorted(found, key=len, reverse=True):
         if len(secret) > 2:  # the text would be unreadable, and that is no secret
             text = text.replace(secret, HIDDEN)
     return redacted(text)
+
+
+def without_login(uri: str) -> str:
+    """A server's or database's URI, as scheme, host and path alone, whatever its password holds."""
+    scheme, rest = _split(uri)
+    return scheme + re.split(r"[?#]", rest.rpartition("@")[2], maxsplit=1)[0]
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """(scheme with ://, the rest)."""
+    scheme, separator, rest = uri.partition("://")
+    return (scheme + separator, rest) if separator else ("", uri)
 
 
 def without_secrets(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from patchsae_ray import storage
 from patchsae_ray.errors import StoreError, UserError, first_line
-from patchsae_ray.redaction import redacted, scrubbed
+from patchsae_ray.redaction import redacted, scrubbed, without_login
 from patchsae_ray.tracking_spool import Entry
 
 EXPERIMENT = "patchsae_ray"
@@ -59,8 +59,8 @@ class TrackingServer:
 
     @property
     def name(self) -> str:
-        """The URI without its secrets."""
-        return redacted(self._uri)
+        """The URI without its secrets: a server's without user and query altogether, since a password may hold anything."""
+        return redacted(self._uri if self.local else without_login(self._uri))
 
     @property
     def local(self) -> bool:

@@ -1,11 +1,13 @@
 """Flags, YAML, help and precedence."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from patchsae_ray.data.catalog import train_defaults
+from patchsae_ray.errors import UserError
 from patchsae_ray.parsing import build_parser, parse
 from patchsae_ray.settings import (
     CacheSettings,
@@ -106,3 +108,24 @@ def test_home_and_environment_in_paths_from_flags_yaml_and_python(tmp_path: Path
     assert (settings.dataset_path, settings.classnames) == ("/home/me/images", "/home/me/names.json")
     assert (settings.root_dir, settings.sae_path) == ("s3://ours/runs", "$NOT_SET/sae~.pt")
     assert FolderSettings(root_dir="~").root_dir == "/home/me"
+
+
+@pytest.mark.parametrize("name", ["root_dir", "dataset_path", "split", "clip_weights", "ray_address", "classnames", "device"])
+@pytest.mark.parametrize("value", ["", " ", "$NOTHING"])
+def test_an_empty_text_is_refused_and_names_the_flag(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTHING", "")
+    given: dict[str, Any] = {name: value}
+    with pytest.raises(UserError, match=f"^--{name} is empty; leave the flag out for its default$"):
+        SteerSettings(sae_path="sae.pt", **given)
+
+
+@pytest.mark.parametrize("name", ["root_dir", "dataset_path", "sae_path", "cross_counts"])
+@pytest.mark.parametrize("value", ["a\0b", "a\nb", "a\x1b[31m"])
+def test_control_characters_are_refused(name: str, value: str) -> None:
+    given: dict[str, Any] = {"sae_path": "sae.pt", name: value}
+    with pytest.raises(UserError, match=f"^--{name} 'a.* holds a control character"):
+        SteerSettings(**given)
+
+
+def test_what_is_empty_by_default_may_be_empty() -> None:
+    assert SteerSettings(sae_path="sae.pt", cross_counts="").cross_counts == ""

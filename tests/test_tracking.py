@@ -339,7 +339,7 @@ def test_a_job_ends_in_one_line_without_the_password(
     flags = ["--root_dir", str(tmp_path), *MODEL, "--dataset_path", str(GOLDEN / "images"), *SHORT, "--num_workers", "0"]
     assert run_job(TrainSettings, train, flags) == 2
     said = capsys.readouterr()
-    assert said.err == "error: MLFLOW_TRACKING_URI mysql+cymysql://u:***@127.0.0.1:1/db needs the Python package cymysql\n"
+    assert said.err == "error: MLFLOW_TRACKING_URI mysql+cymysql://127.0.0.1:1/db needs the Python package cymysql\n"
     assert "SECRET" not in said.out
 
 

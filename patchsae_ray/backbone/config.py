@@ -16,6 +16,8 @@ from patchsae_ray.errors import UserError, first_line, nearest
 log = logging.getLogger(__name__)
 
 _MODEL_KEYS = frozenset({"model", "weights"})
+_ELSEWHERE = ("hf-hub:", "local-dir:")
+"""What open_clip itself would ask a hub, or read a folder's config, for."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,11 @@ def _weights_hint(backbone: str) -> str:
 
 
 def _model_config(model: str, backbone: str) -> dict[str, Any]:
+    if model.startswith(_ELSEWHERE):
+        raise UserError(
+            f"--backbone {backbone}: such models are not read; give an open_clip model's name or a JSON model config, and "
+            "the weights' file as --clip_weights"
+        )
     path = Path(model)
     if path.suffix == ".json" or path.is_file():
         if not path.is_file():

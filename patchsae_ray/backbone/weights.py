@@ -5,6 +5,7 @@ are TorchScript, the tensors alone are read, everything else is safetensors.
 """
 
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from patchsae_ray import storage
 from patchsae_ray.backbone.torchscript import is_torchscript, read_torchscript
 from patchsae_ray.errors import UserError, first_line
-from patchsae_ray.inert import check_claims, check_size
+from patchsae_ray.inert import check_claims, check_size, check_tensor
 
 StateDict = dict[str, torch.Tensor]
 
@@ -45,6 +46,7 @@ _HF_PLAIN = {
     "text_model.final_layer_norm.weight": "ln_final.weight",
     "text_model.final_layer_norm.bias": "ln_final.bias",
 }
+_HF_LAYER = re.compile(r"(?P<tower>vision|text)_model\.encoder\.layers\.(?P<index>\d+)\.(?P<stem>.+)\.(?P<kind>weight|bias)")
 _HF_TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
 
 
@@ -74,7 +76,7 @@ def read_weights(path: str) -> Weights:
     if file.suffix == ".safetensors":
         state_dict = _read_safetensors(file)
         if "vision_model.embeddings.class_embedding" in state_dict:
-            state_dict = from_hugging_face(state_dict)
+            state_dict = from_hugging_face(state_dict, path)
         return Weights(_clean(state_dict, path), path)
     if is_torchscript(file):
         return Weights(_clean(read_torchscript(file), path), path, quick_gelu=True)
@@ -99,14 +101,21 @@ def _read_torch(file: Path) -> StateDict:
         raise UserError(f"{file} is not a checkpoint of tensors alone: {first_line(reason)}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
+    ):
         raise UserError(f"{file} holds no state dict; expected names mapped to tensors")
     check_claims(str(file), loaded, file.stat().st_size)
     return loaded
 
 
 def _clean(state_dict: StateDict, source: str) -> StateDict:
-    """In float32, without a DDP wrapper's prefix and without what is no weight."""
+    """In float32, without a DDP wrapper's prefix and without what is no weight.
+
+    Raises: UserError where one is no plain tensor, or it is no CLIP.
+    """
+    for name, value in state_dict.items():
+        check_tensor(source, name, value)
     names = (name.removeprefix("module.") for name in state_dict)
     cleaned = {
         name: value.detach().to(torch.float32)
@@ -133,29 +142,47 @@ def _read_hugging_face(folder: Path) -> Weights:
     vision = parsed.get("vision_config")
     # Hugging Face's CLIP defaults to quick_gelu where the config leaves the activation out.
     activation = vision.get("hidden_act", "quick_gelu") if isinstance(vision, dict) else "quick_gelu"
-    state_dict = from_hugging_face(_read_safetensors(weights))
+    state_dict = from_hugging_face(_read_safetensors(weights), str(weights))
     return Weights(_clean(state_dict, str(folder)), str(folder), quick_gelu=activation == "quick_gelu")
 
 
-def from_hugging_face(state_dict: StateDict) -> StateDict:
-    """Hugging Face's CLIPModel naming → open_clip's: q, k and v stacked, projections transposed."""
+def from_hugging_face(state_dict: StateDict, source: str) -> StateDict:
+    """Hugging Face's CLIPModel naming → open_clip's: q, k and v stacked, projections transposed; other names are left out.
+
+    Args:
+        state_dict: in Hugging Face's naming.
+        source: its file, for the message.
+
+    Raises: UserError where a projection is no matrix, or q is without its k and v.
+    """
     renamed: StateDict = {}
     for name, value in state_dict.items():
         if name in _HF_PLAIN:
             renamed[_HF_PLAIN[name]] = value
         elif name in _HF_TRANSPOSED:
+            if value.ndim != 2:
+                raise UserError(f"{source}: {name} has shape {tuple(value.shape)}, a matrix would be right")
             renamed[_HF_TRANSPOSED[name]] = value.T.contiguous()
-        elif ".encoder.layers." in name:
-            tower, rest = name.split(".encoder.layers.")
-            index, rest = rest.split(".", 1)
-            block = f"{'visual.' if tower == 'vision_model' else ''}transformer.resblocks.{index}"
-            stem, kind = rest.rsplit(".", 1)
+        elif layer := _HF_LAYER.fullmatch(name):
+            block = f"{'visual.' if layer['tower'] == 'vision' else ''}transformer.resblocks.{layer['index']}"
+            stem, kind = layer["stem"], layer["kind"]
             if stem in _HF_BLOCK:
                 renamed[f"{block}.{_HF_BLOCK[stem]}.{kind}"] = value
             elif stem == "self_attn.q_proj":
-                parts = [state_dict[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
-                renamed[f"{block}.attn.in_proj_{kind}"] = torch.cat(parts)
+                renamed[f"{block}.attn.in_proj_{kind}"] = _stacked(state_dict, name, source)
     return renamed
+
+
+def _stacked(state_dict: StateDict, name: str, source: str) -> torch.Tensor:
+    """q, k and v, by the name of q."""
+    names = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
+    for other in names[1:]:
+        if other not in state_dict:
+            raise UserError(f"{source}: {other} is missing, beside {name}")
+        if state_dict[other].shape != state_dict[name].shape:
+            shapes = tuple(state_dict[other].shape), tuple(state_dict[name].shape)
+            raise UserError(f"{source}: {other} has shape {shapes[0]}, {name} {shapes[1]}; the same would be right")
+    return torch.cat([state_dict[part] for part in names])
 
 
 def state_digest(state_dict: StateDict) -> str:

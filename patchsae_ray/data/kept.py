@@ -28,7 +28,7 @@ from patchsae_ray.data.manifest import Keeping, Manifest, Reading
 from patchsae_ray.data.sources import Listing, Source, list_source, manifest_of
 from patchsae_ray.data.tables import Part, UnitTable
 from patchsae_ray.errors import NotFound, UserError
-from patchsae_ray.redaction import without_secrets
+from patchsae_ray.redaction import redacted, without_secrets
 from patchsae_ray.writing import write_bytes
 
 log = logging.getLogger(__name__)
@@ -217,6 +217,7 @@ _PLAIN_FIELDS = [field.name for field in fields(Manifest) if field.name not in {
 def _index_bytes(manifest: Manifest) -> bytes:
     """Where the units and the row groups begin, as batches of a column, and all else of a manifest in the schema's metadata."""
     said: dict[str, Any] = {name: getattr(manifest, name) for name in _PLAIN_FIELDS}
+    said["source"] = redacted(manifest.source)
     said["reading"] = asdict(manifest.reading)
     said["parts"] = [[posixpath.basename(part.uri), part.count] for part in manifest.units.parts]
     said["labels"] = posixpath.basename(str(manifest.units.label_source))

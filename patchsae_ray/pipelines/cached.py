@@ -140,7 +140,7 @@ def cache_activations(settings: CacheSettings) -> dict[str, float]:
     def work(session: Session) -> Made:
         return _run(settings, model, manifest, session)
 
-    summary = run_once(settings, folders, work, anew=settings.overwrite)
+    summary = run_once(settings, folders, work, repeats=True)
     uri = next(folder.uri for folder in folders.values() if folder.done_meanwhile())
     log.info(
         "cache_activations: %s images, %.2f GiB; train on them with --activations %s",

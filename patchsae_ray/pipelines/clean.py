@@ -2,8 +2,10 @@
 
 import logging
 import posixpath
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -12,11 +14,11 @@ from typing import Any
 from patchsae_ray import storage
 from patchsae_ray.data.kept import wanted_files
 from patchsae_ray.errors import StoreError, UserError
-from patchsae_ray.pipelines.bundles import SUFFIX, bundle_units
+from patchsae_ray.pipelines.bundles import bundle_units
 from patchsae_ray.pipelines.claims import claim_of
 from patchsae_ray.pipelines.given_up import failed_of
 from patchsae_ray.pipelines.heartbeat import driver_of
-from patchsae_ray.writing import TEMPORARY_PREFIX, check_writable, remove, remove_empty, remove_tree, write_bytes
+from patchsae_ray.writing import TEMPORARY_PREFIX, check_writable, remove, remove_empty, write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,11 @@ UNUSED_AFTER_SECONDS = 86_400.0
 """What has no heartbeat, checkpoints and manifests, may be in use for this long after it was last written."""
 RESULT_FOLDERS = ("out", "eval_outputs")
 MANIFESTS = "out/manifests"
+_RUN_KEY = re.compile(r"[0-9a-f]{16}")
+"""Of a run's folder of checkpoints."""
+_CHECKPOINT = re.compile(r"(?:step|weights)-\d{12}\.safetensors|bad\.json")
+_MANIFEST = re.compile(r"(?:parts/)?[0-9a-f]{32}\.(?:arrow|part|labels)|[0-9a-f]{16}\.json")
+"""Of kept manifests, below their folder; whatever has another name is the user's."""
 
 
 @dataclass(frozen=True)
@@ -148,39 +155,49 @@ def _folders(root_dir: str, files: Iterable[_File], now: float) -> Iterator[Left
     """Bundles of runs, and checkpoints to go on from, by the run that they belong to."""
     runs: dict[str, list[_File]] = {}
     for file in files:
-        ours = file.kind == "bundles" and _is_of_a_pass(file.name)
-        if ours or file.kind == "resume":
+        if _is_of_a_run(file):
             runs.setdefault(file.folder, []).append(file)
     for folder, inside in sorted(runs.items()):
         units = {unit for file in inside for unit in bundle_units(file.name) or ()}
         of_a_pass = inside[0].kind == "bundles"
         what = f"{len(inside)} files of {len(units)} units" if of_a_pass else f"{len(inside)} files to resume a training from"
         age = now - max(file.written for file in inside)
-        uri = storage.join(root_dir, folder)
+        uri, uris = storage.join(root_dir, folder), [storage.join(root_dir, file.path) for file in inside]
         limit = DEAD_AFTER_SECONDS if of_a_pass else UNUSED_AFTER_SECONDS
-        yield Leftover(uri, what, sum(file.size for file in inside), age, limit, partial(_remove_folder, uri))
+        yield Leftover(uri, what, sum(file.size for file in inside), age, limit, partial(_remove_files, uri, uris))
 
 
-def _is_of_a_pass(name: str) -> bool:
-    ours = name.endswith(SUFFIX) or name.startswith(TEMPORARY_PREFIX)
-    return ours or any(read(name) is not None for read in (claim_of, driver_of, failed_of))
+def _is_of_a_run(file: _File) -> bool:
+    """Whether it is a run's bundle or checkpoint, or what its driver writes beside these; another's file never is."""
+    if file.kind == "bundles":
+        ours = bundle_units(file.name) is not None or failed_of(file.name) is not None
+    elif file.kind == "resume" and _RUN_KEY.fullmatch(posixpath.basename(file.folder)):
+        ours = _CHECKPOINT.fullmatch(file.name) is not None
+    else:
+        return False
+    beside = claim_of(file.name) is not None or driver_of(file.name) is not None
+    return ours or beside or file.name.startswith(TEMPORARY_PREFIX)
 
 
-def _remove_folder(uri: str) -> None:
-    remove_tree(uri)
-    remove_empty(posixpath.dirname(uri))
+def _remove_files(folder: str, uris: list[str]) -> None:
+    """The files, one by one, then their folder and the one above it where nothing else is in them."""
+    with ThreadPoolExecutor(storage.READING_THREADS) as pool:
+        list(pool.map(remove, uris))
+    remove_empty(folder)
+    remove_empty(posixpath.dirname(folder))
 
 
 def _unfinished(root_dir: str, files: Iterable[_File], now: float) -> Iterator[Leftover]:
     for file in files:
-        if file.name.startswith(TEMPORARY_PREFIX) and file.kind not in {"bundles", "resume"}:
+        if file.name.startswith(TEMPORARY_PREFIX) and not _is_of_a_run(file):
             uri = storage.join(root_dir, file.path)
             yield Leftover(uri, "unfinished file", file.size, now - file.written, DEAD_AFTER_SECONDS, partial(remove, uri))
 
 
 def _manifests(root_dir: str, files: Iterable[_File], now: float) -> Iterator[Leftover]:
     """Manifests of data sets that have changed since, and parts of manifests: what no note of a source leads to."""
-    inside = [file for file in files if file.path.startswith(MANIFESTS + "/")]
+    below = f"{MANIFESTS}/"
+    inside = [file for file in files if file.path.startswith(below) and _MANIFEST.fullmatch(file.path.removeprefix(below))]
     notes = [file.path.removeprefix(MANIFESTS + "/") for file in inside if file.name.endswith(".json")]
     try:
         current = {*wanted_files(storage.join(root_dir, MANIFESTS), notes), *notes}

@@ -64,7 +64,7 @@ def compare(settings: CompareSettings) -> dict[str, Any]:
     identity = {"base": base.key(), "adapted": adapted.key(), **chosen}
     folder = ResultFolder(uri, "compare", identity, dict.fromkeys(FILES, run_key(identity)), elsewhere="")
     if folder.done():
-        log.info("compare: done already, nothing to do; results in %s", uri)
+        log.info("compare: %s", folder.describe_done())
         upload_left(settings.root_dir, "compare", uri, folder.key)
         return dict(folder.record()["summary"])
     folder.check(settings.overwrite)

@@ -2,7 +2,9 @@
 
 import io
 import json
-from collections.abc import Mapping
+import posixpath
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +91,7 @@ def read_run(root: str, vit_type: str, dataset: str) -> ModelRun:
     counted = _finished(features, COUNTS_FILE, "jobs/extract.py", vit_type)
     steering = _finished(steered, SUMMARY_FILE, "jobs/steer.py", vit_type)
     counts = read_array(storage.join(features, COUNTS_FILE))
-    summary = json.loads(storage.read_text(storage.join(steered, SUMMARY_FILE)))
+    summary = _read_summary(storage.join(steered, SUMMARY_FILE))
     ranking = summary["rankings"].get("class")
     if ranking is None:
         raise UserError(f"{steered}: steered by {', '.join(summary['rankings'])}; --rank_by class is needed to compare")
@@ -98,17 +100,54 @@ def read_run(root: str, vit_type: str, dataset: str) -> ModelRun:
         raise UserError(
             f"{steered} was steered by other counts than {storage.join(features, COUNTS_FILE)}: run jobs/steer.py again"
         )
-    metrics = _table(storage.join(steered, ranking["table"]))
-    halves = _table(storage.join(steered, HALVES_FILE))
-    halves = halves[halves["ranking"] == "class"].drop(columns="ranking")
+    metrics = _table(storage.join(steered, posixpath.basename(ranking["table"])), counts.shape[1])
+    halves = _table(storage.join(steered, HALVES_FILE), counts.shape[1], "class").drop(columns="ranking")
     outcomes = storage.join(steered, OUTCOMES_FILE)
     by_image = record_of_file(outcomes)
     paired = outcomes if by_image is not None and by_image["run_key"] == steering["run_key"] else None
     return ModelRun(vit_type, counts, counted, steering, summary, metrics, halves, _top(features, counted), paired)
 
 
-def _table(uri: str) -> pd.DataFrame:
-    return pd.read_csv(io.BytesIO(storage.read_bytes(uri)), index_col="masking")
+@contextmanager
+def _undamaged(uri: str, job: str = "jobs/steer.py") -> Iterator[None]:
+    """What a damaged file makes its readers raise → UserError that names it and the job that makes it."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise UserError(f"{uri} is damaged; {job} --overwrite makes it anew") from error
+
+
+def _read_summary(uri: str) -> dict[str, Any]:
+    """Steering's summary.json, once all that is read of it is seen to be there.
+
+    Raises: UserError where it is damaged.
+    """
+    text = storage.read_text(uri)
+    with _undamaged(uri):
+        summary: dict[str, Any] = json.loads(text)
+        rankings = summary["rankings"].values()
+        settings = [setting for ranking in rankings for setting in ranking["settings"]]
+        rows = [row for ranking in rankings for row in ranking["settings"].values()]
+        for part in ("mean_over_classes", *summary["no_sae"]):
+            [row[part]["percent"] for row in (summary["no_sae"], *rows)]
+        [int(k) for _, k in (setting.split("_") for setting in settings)]
+        [posixpath.basename(ranking["table"]) for ranking in rankings]
+        int(summary["images"])
+    return summary
+
+
+def _table(uri: str, num_classes: int, ranking: str | None = None) -> pd.DataFrame:
+    """One of steering's tables, with a number for each class; of several rankings' the rows of one.
+
+    Raises: UserError where it is damaged.
+    """
+    data = storage.read_bytes(uri)
+    with _undamaged(uri):
+        table = pd.read_csv(io.BytesIO(data), index_col="masking")
+        table = table if ranking is None else table[table["ranking"] == ranking]
+        if table[[str(number) for number in range(num_classes)]].astype(np.float64).empty:
+            raise ValueError("no rows")
+    return table
 
 
 def _top(features: str, counted: Mapping[str, Any]) -> np.ndarray | None:
@@ -116,7 +155,9 @@ def _top(features: str, counted: Mapping[str, Any]) -> np.ndarray | None:
     record = record_of_file(uri)
     if record is None or record["run_key"] != counted["run_key"]:
         return None
-    return np.asarray(load_inert(uri, storage.read_bytes(uri), lambda name: False, "tensors").numpy())
+    top = load_inert(uri, storage.read_bytes(uri), lambda name: False, "tensors")
+    with _undamaged(uri, "jobs/extract.py"):
+        return np.asarray(top.numpy())
 
 
 def _finished(folder: str, name: str, job: str, vit_type: str) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from patchsae_ray.pipelines.results import ResultFolder, run_key
 from patchsae_ray.pipelines.runner import Made, Session, run_once
 from patchsae_ray.pipelines.steer_worker import classifier_rows
 from patchsae_ray.pipelines.units import UnitTask
+from patchsae_ray.redaction import redacted
 from patchsae_ray.sae.checkpoint import SaeCheckpoint
 from patchsae_ray.settings import EvaluateSettings
 from patchsae_ray.writing import remove_empty, remove_tree
@@ -184,11 +185,11 @@ class _Run:
 
 
 def _about(settings: EvaluateSettings, inputs: EvaluateInputs) -> dict[str, Any]:
-    """What evaluation.json says before the metrics."""
+    """What evaluation.json says before the metrics; secrets of URIs are hidden."""
     return {
-        "sae": inputs.checkpoint.path,
+        "sae": redacted(inputs.checkpoint.path),
         "latents": inputs.checkpoint.sae.d_sae,
-        "source": inputs.manifest.source,
+        "source": redacted(inputs.manifest.source),
         "split": inputs.split,
         "measured_tokens": settings.tokens,
     }

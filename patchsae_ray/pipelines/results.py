@@ -11,6 +11,7 @@ import json
 import posixpath
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -67,6 +68,11 @@ class ResultFolder:
             if entry is None or entry["key"] != key or not storage.exists(uri) or storage.size(uri) != entry["bytes"]:
                 return False
         return True
+
+    def describe_done(self) -> str:
+        """When a run that is `done` was finished, and where."""
+        finished_at = datetime.fromtimestamp(storage.modified(storage.join(self.uri, RUN_FILE)), UTC)
+        return f"already finished ({RUN_FILE} of {finished_at:%Y-%m-%d}); results in {self.uri}"
 
     def record(self) -> dict[str, Any]:
         """The record of this very run where this job made it, else that of the run that made the first output."""

@@ -59,7 +59,7 @@ def run_once(
     folders: Mapping[str, ResultFolder],
     work: Callable[[Session], Made],
     join: Callable[[S], Plan] = cluster.join,
-    anew: bool = False,
+    repeats: bool = False,
 ) -> dict[str, Any]:
     """Do a job's work unless it is done already. Returns its summary.
 
@@ -68,13 +68,14 @@ def run_once(
         folders: precision → the results folder as that precision's run.
         work: what is done with the cluster, the MLflow run and the folder.
         join: reaches the cluster and plans the job on it.
-        anew: do the work though the same run is done.
+        repeats: whether --overwrite does the work though the same run is done; else it replaces another run's results only.
 
     Raises: UserError where the folder holds another run's results, no cluster answers, or the work finds a fault.
     """
+    anew = repeats and settings.overwrite
     done = finished(folders, settings.overwrite)
     if done and not anew:
-        log.info("%s: done already, nothing to do; results in %s", done.job, done.uri)
+        log.info("%s: %s%s", done.job, done.describe_done(), "; use --overwrite to run it again" if repeats else "")
         upload_left(settings.root_dir, done.job, done.uri, done.key)
         return dict(done.record()["summary"])
     check_writable(settings.root_dir)

@@ -70,7 +70,7 @@ def train(settings: TrainSettings) -> dict[str, float]:
             open_cache(settings, model, manifest)  # one that does not fit is refused before anything is begun
         return plan_training(settings)
 
-    summary = run_once(settings, folders, work, join=join, anew=settings.overwrite)
+    summary = run_once(settings, folders, work, join=join, repeats=True)
     log_summary(summary, uri)
     return summary
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from patchsae_ray import storage
 from patchsae_ray.backbone.weights import state_digest
 from patchsae_ray.errors import UserError, first_line
-from patchsae_ray.inert import StandIn, load_inert
-from patchsae_ray.sae.foreign import NAMES, check_beside, check_config, check_tensors
+from patchsae_ray.inert import StandIn, check_tensor, load_inert
+from patchsae_ray.sae.foreign import NAMES, check_beside, check_config, check_tensors, plain_settings, short
 from patchsae_ray.sae.model import SparseAutoencoder
 
 _CONFIG_CLASS = re.compile(r"src\.sae_training\.config\.\w*Config")
@@ -75,9 +75,13 @@ def read_checkpoint(path: str) -> SaeCheckpoint:
     check_tensors(path, tensors)
     check_beside(path, config)
     check_config(f"{path}: its cfg", config)
-    numbers = [name for name in NAMES if not isinstance(tensors[name], Tensor)]
-    if numbers:
-        raise UserError(f"{path}: {numbers[0]} is no tensor")
+    for name in NAMES:
+        if not isinstance(tensors[name], Tensor):
+            raise UserError(f"{path}: {name} is no tensor")
+        check_tensor(path, name, tensors[name])
+        if tensors[name].dtype not in _DTYPES.values() or not tensors[name].numel():
+            said = f"{tuple(tensors[name].shape)} of {tensors[name].dtype}"
+            raise UserError(f"{path}: {name} is {said}; an autoencoder's weights are floating-point numbers, one at least")
     tensors = {name: tensors[name].to(torch.float32) for name in NAMES}
     _check_shapes(path, tensors, config)
     return SaeCheckpoint(SparseAutoencoder.from_tensors(tensors), config, state_digest(tensors), path)
@@ -92,7 +96,7 @@ def _check_shapes(path: str, tensors: dict[str, Tensor], config: dict[str, Any])
             raise UserError(f"{path}: {name} has shape {shapes[name]}, expected {want}")
     for name, size in (("d_in", d_in), ("d_sae", d_sae)):
         if config.get(name) not in (None, size):
-            raise UserError(f"{path}: its cfg says {name} = {config[name]}, W_enc has shape {shapes['W_enc']}")
+            raise UserError(f"{path}: its cfg says {name} = {short(config[name])}, W_enc has shape {shapes['W_enc']}")
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise UserError(f"{path}: its weights hold NaN or infinite values")
 
@@ -115,12 +119,12 @@ def _read_safetensors(path: str, data: bytes) -> tuple[dict[str, Any], dict[str,
 def _read_torch(path: str, data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     loaded = load_inert(path, data, lambda name: bool(_CONFIG_CLASS.fullmatch(name)), "tensors and PatchSAE's config")
     if not isinstance(loaded, dict) or not isinstance(loaded.get("state_dict"), dict):
-        held = f" but {', '.join(sorted(map(str, loaded))[:4])}" if isinstance(loaded, dict) else ""
+        held = f" but {', '.join(sorted(map(short, loaded))[:4])}" if isinstance(loaded, dict) else ""
         raise UserError(f"{path} is no SAE checkpoint of PatchSAE's: it has no 'state_dict'{held}")
     config = loaded.get("cfg", loaded.get("config", {}))
     if not isinstance(config, (dict, StandIn)):
         raise UserError(f"{path}: its cfg is {type(config).__name__}, a mapping or PatchSAE's config would be right")
-    return dict(config if isinstance(config, dict) else vars(config)), loaded["state_dict"]
+    return plain_settings(config if isinstance(config, dict) else vars(config)), loaded["state_dict"]
 
 
 def torch_bytes(sae: SparseAutoencoder, config: dict[str, Any]) -> bytes:

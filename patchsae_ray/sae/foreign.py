@@ -10,6 +10,8 @@ import posixpath
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+
 from patchsae_ray import storage
 from patchsae_ray.errors import UserError
 
@@ -47,9 +49,9 @@ _FOREIGN = (
 """Settings of other libraries that say what function the weights are of; the likeliest to tell a reader what it is first."""
 
 
-def check_tensors(path: str, tensors: Iterable[str]) -> None:
+def check_tensors(path: str, tensors: Iterable[Any]) -> None:
     """Raises: UserError where a file's tensors are not those of PatchSAE's autoencoder."""
-    held = sorted(map(str, tensors))
+    held = sorted(map(short, tensors))
     missing, more = [name for name in NAMES if name not in held], [name for name in held if name not in NAMES]
     told = next((f"{name} {_MARKS[name]}" for name in more if name in _MARKS), ", ".join(more[:4]))
     if missing:
@@ -72,13 +74,13 @@ def check_config(where: str, config: Mapping[str, Any]) -> None:
         raise UserError(f"{where} says that it is a gated autoencoder; the released gated forward is empty, so nothing can run")
     foreign = next((name for name in _FOREIGN if name in config), None)
     if foreign is not None:
-        raise UserError(f"{where} says {foreign} = {_short(config[foreign])}, which is another library's; {_RIGHT}")
+        raise UserError(f"{where} says {foreign} = {short(config[foreign])}, which is another library's; {_RIGHT}")
     if not any(name in config for name in _SIGNS):
         said = f"has no settings of PatchSAE's ({', '.join(_SIGNS)})" if config else "is empty or missing"
         raise UserError(f"{where} {said}, so nothing says what the weights mean; {_RIGHT}")
     layer = config.get("block_layer")
     if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool)):
-        raise UserError(f"{where}: block_layer is {layer!r}, a whole number would be right")
+        raise UserError(f"{where}: block_layer is {short(layer)}, a whole number would be right")
 
 
 def check_beside(path: str, config: Mapping[str, Any]) -> None:
@@ -98,9 +100,17 @@ def check_beside(path: str, config: Mapping[str, Any]) -> None:
     check_config(f"{uri}, beside {path},", beside)
     for name, value in beside.items():
         if name in config and isinstance(value, int | float | bool) and config[name] != value:
-            raise UserError(f"{uri} says {name} = {value}, {path} itself {config[name]}; one of them belongs elsewhere")
+            raise UserError(f"{uri} says {name} = {value}, {path} itself {short(config[name])}; one of them belongs elsewhere")
 
 
-def _short(value: Any) -> str:
-    text = str(value)
+def short(value: Any) -> str:
+    """A setting's value, or a name, for a message; of anything but text and numbers its type alone, for a file's few bytes
+    may mean a list of any length."""
+    text = str(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
     return text if len(text) <= 40 else text[:39] + "…"
+
+
+def plain_settings(config: Mapping[Any, Any]) -> dict[str, Any]:
+    """Settings from a pickle as plain values: text, numbers and dtypes as they are, of all else the type's name."""
+    kept = str | int | float | None | torch.dtype
+    return {name: value if isinstance(value, kept) else short(value) for name, value in config.items() if isinstance(name, str)}

@@ -1,12 +1,15 @@
 """What the settings of several jobs have in common."""
 
 import math
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from patchsae_ray.errors import UserError
 from patchsae_ray.names import VIT_TYPES, Device, Precision, expanded
 from patchsae_ray.redaction import without_secrets
+
+_CONTROL = re.compile("[\\x00-\\x1f\\x7f]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +26,16 @@ class FolderSettings:
 
         Raises: UserError that names the flag.
         """
-        for name, value in vars(self).copy().items():
-            if isinstance(value, str):
-                object.__setattr__(self, name, expanded(value))  # the class is frozen
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, str):
+                continue
+            text = expanded(value)
+            if not text.strip() and field.default != "":
+                raise UserError(f"--{field.name} is empty; leave the flag out for its default")
+            if _CONTROL.search(text):
+                raise UserError(f"--{field.name} {text!r} holds a control character; plain text would be right")
+            object.__setattr__(self, field.name, text)  # the class is frozen
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name, None)
             if value is not None and not low <= value <= high:

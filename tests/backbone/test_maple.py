@@ -231,6 +231,9 @@ def test_files_of_another_kind(clip: tuple[BackboneConfig, StateDict], tmp_path:
     torch.save({"state_dict": torch.zeros(3)}, tmp_path / "tensor")
     with pytest.raises(UserError, match="no MaPLe checkpoint"):
         read(clip, tmp_path / "tensor")
+    torch.save({"state_dict": {"prompt_learner.ctx": torch.ones(2, 4).to_sparse()}}, tmp_path / "sparse")
+    with pytest.raises(UserError, match=r"sparse: prompt_learner\.ctx is no plain tensor"):
+        read(clip, tmp_path / "sparse")
     with pytest.raises(UserError, match="is not a whole torch checkpoint"):
         read(clip, WEIGHTS)
     with pytest.raises(UserError, match=r"TRAINER\.MAPLE is missing"):

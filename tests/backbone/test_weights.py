@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from patchsae_ray.backbone import config as config_module
 from patchsae_ray.backbone.adapter import load_backbone
 from patchsae_ray.backbone.config import resolve, strip_openai
-from patchsae_ray.backbone.weights import StateDict, read_weights, state_digest
+from patchsae_ray.backbone.weights import StateDict, from_hugging_face, read_weights, state_digest
 from patchsae_ray.errors import UserError
 from tests.conftest import GOLDEN
 
@@ -168,6 +168,8 @@ def no_network(tag: object) -> str:
         ("roberta-ViT-B-32", "laion2b_s12b_b32k", "open_clip's own text tower"),
         ("RN50", "openai", "not open_clip's own ViT"),
         ("ViT-L-14-CLIPA", "datacomp1b", "needs a tokenizer of its own"),
+        ("hf-hub:laion/CLIP-ViT-B-16", WEIGHTS, "^--backbone hf-hub:laion/CLIP-ViT-B-16: such models are not read"),
+        ("local-dir:/nowhere", None, "^--backbone local-dir:/nowhere: such models are not read"),
         (CONFIG, "/nowhere/clip.pt", "no such file or folder"),
         ("/nowhere/clip.json", WEIGHTS, "no such file"),
         ("ViT-B-16", WEIGHTS, "has shape"),
@@ -202,3 +204,47 @@ def test_damaged_and_foreign_files(tmp_path: Path, weights: StateDict, hugging_f
     ]:
         with pytest.raises(UserError, match=message):
             read_weights(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (1, torch.ones(2), "holds no state dict"),
+        ("visual.proj", torch.ones(2, 2).to_sparse(), "visual.proj is no plain tensor"),
+        ("visual.proj", torch.ones(2, 2, device="meta"), "visual.proj is no plain tensor"),
+        ("visual.proj", torch.ones(2, 2, dtype=torch.complex64), "visual.proj is no plain tensor"),
+    ],
+)
+def test_what_is_no_tensor_of_a_clip(tmp_path: Path, weights: StateDict, name: object, value: object, message: str) -> None:
+    torch.save({**weights, name: value}, tmp_path / "clip.pt")
+    with pytest.raises(UserError, match=f"clip.pt.* {message}|clip.pt: {message}"):
+        read_weights(str(tmp_path / "clip.pt"))
+
+
+Q = "vision_model.encoder.layers.0.self_attn.q_proj.weight"
+K = Q.replace("q_proj", "k_proj")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({K: None}, f"{K} is missing, beside {Q}"),
+        ({K: torch.ones(3)}, rf"{K} has shape \(3,\), {Q} "),
+        ({"visual_projection.weight": torch.ones(3)}, r"visual_projection.weight has shape \(3,\), a matrix"),
+    ],
+)
+def test_odd_hugging_face_files(
+    tmp_path: Path, weights: StateDict, change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    found = {name: value for name, value in {**to_hugging_face(weights), **change}.items() if value is not None}
+    save_file({name: value.contiguous() for name, value in found.items()}, tmp_path / "clip.safetensors")
+    with pytest.raises(UserError, match=f"clip.safetensors: {message}"):
+        read_weights(str(tmp_path / "clip.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name", ["x.encoder.layers.0.encoder.layers.1.weight", "vision_model.encoder.layers.0", "a.encoder.layers."]
+)
+def test_odd_names_in_a_hugging_face_file_are_left_out(weights: StateDict, name: str) -> None:
+    plain = to_hugging_face(weights)
+    assert set(from_hugging_face({**plain, name: torch.ones(1)}, "file")) == set(from_hugging_face(plain, "file"))

@@ -60,12 +60,39 @@ def test_ages_are_those_of_the_store_whatever_this_machine_s_clock(tmp_path: Pat
 
 def test_checkpoints_to_resume_from_go_after_a_day(tmp_path: Path) -> None:
     resume = "out/checkpoints/run/resume"
-    put(tmp_path, f"{resume}/old/step-000000000001.safetensors", age=2 * UNUSED_AFTER_SECONDS)
-    put(tmp_path, f"{resume}/old/bad.json", age=2 * UNUSED_AFTER_SECONDS)
-    put(tmp_path, f"{resume}/paused/step-000000000001.safetensors", age=UNUSED_AFTER_SECONDS / 2)
+    old, paused = "0" * 16, "1" * 16
+    for name in ("step-000000000001.safetensors", "weights-000000000001.safetensors", "bad.json", "claim-000000.0"):
+        put(tmp_path, f"{resume}/{old}/{name}", age=2 * UNUSED_AFTER_SECONDS)
+    put(tmp_path, f"{resume}/{paused}/step-000000000001.safetensors", age=UNUSED_AFTER_SECONDS / 2)
     put(tmp_path, "out/checkpoints/run/sae.pt", age=2 * UNUSED_AFTER_SECONDS)
     assert clean(str(tmp_path))["removed"] == 1
-    assert left(tmp_path) == {f"{resume}/paused/step-000000000001.safetensors", "out/checkpoints/run/sae.pt"}
+    assert left(tmp_path) == {f"{resume}/{paused}/step-000000000001.safetensors", "out/checkpoints/run/sae.pt"}
+
+
+def test_the_user_s_own_files_stay_whatever_their_folder_is_called(tmp_path: Path) -> None:
+    ours = {
+        "out/checkpoints/run/resume/0123456789abcdef/step-000000000001.safetensors",
+        f"{BUNDLES}/0123456789abcdef/0000000000..bundle",
+        f"out/manifests/{'a' * 32}.arrow",
+        f"out/manifests/parts/{'a' * 32}.part",
+        f"out/manifests/parts/{'b' * 32}.labels",
+    }
+    theirs = {
+        "out/resume/mine/cv.pdf",
+        "out/resume/mine/step-000000000001.safetensors",
+        "eval_outputs/resume/notes/bad.json",
+        "out/checkpoints/run/resume/0123456789abcdef/step-1.safetensors",
+        "out/checkpoints/run/resume/0123456789abcdef/notes.txt",
+        f"{BUNDLES}/0123456789abcdef/notes.txt",
+        "out/bundles/backup/repository.bundle",
+        "out/manifests/k8s.yaml",
+        "out/manifests/parts/list.txt",
+        "out/manifests/mine/deployment.json",
+    }
+    for path in ours | theirs:
+        put(tmp_path, path, age=2 * UNUSED_AFTER_SECONDS)
+    assert clean(str(tmp_path))["removed"] == 5
+    assert left(tmp_path) == theirs
 
 
 def test_manifests_that_no_source_has_any_more_go_after_a_day(tmp_path: Path) -> None:
@@ -81,7 +108,7 @@ def test_manifests_that_no_source_has_any_more_go_after_a_day(tmp_path: Path) ->
     for path in before:
         os.utime(root / path, (0, 0))
     (note,) = root.rglob("*.json")
-    damaged = put(root, "out/manifests/another.json", b"{")
+    damaged = put(root, f"out/manifests/{'0' * 16}.json", b"{")
     assert clean(str(root))["removed"] == 0, "a note that cannot be read may lead to any"
     damaged.unlink()
     young = put(root, f"{BUNDLES}/young/alive-1.json")

@@ -142,7 +142,7 @@ def test_again_is_done_and_another_run_is_refused(
     for same in ([], ["--seed", "3"], ["--eval_images", "69"], ["--eval_images", "0"]):
         code, out, _ = in_process(capsys, [*flags, *same])
         assert code == 0
-        assert "done already" in out
+        assert "already finished" in out
     code, _, error = in_process(capsys, [*flags, "--tokens", "cls"])
     assert code == 2
     assert error.count("\n") == 1

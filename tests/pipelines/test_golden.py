@@ -85,7 +85,7 @@ def test_class_latents_is_instant_after_extract(run_command: JobRunner, extracte
     before = (features / "run.json").read_bytes()
     done = run_command("class_latents", extracted, *golden_flags(), "--threshold", "0.2")
     assert done.code == 0
-    assert "done already" in done.out
+    assert "already finished" in done.out
     assert (features / "run.json").read_bytes() == before
 
 
@@ -168,7 +168,7 @@ def test_rerun_is_done_and_another_run_is_refused(run_command: JobRunner, extrac
     listing = {path: path.read_bytes() for path in features.iterdir()}
     again = run_command("extract", extracted, *golden_flags())
     assert again.code == 0
-    assert "done already" in again.out
+    assert "already finished" in again.out
     other = run_command("extract", extracted, *golden_flags(), "--threshold", "0.3")
     assert other.code == 2
     assert other.err.count("\n") == 1

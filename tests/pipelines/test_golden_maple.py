@@ -135,7 +135,7 @@ def test_compare(run_command: JobRunner, root: Path, classes: str) -> None:
     page = (folder / "compare.html").read_text()
     assert page.count("data:image/png;base64,") == 4
     again = run_command("compare", root, "--dataset_name", "golden", "--classes", classes)
-    assert "done already" in again.out
+    assert "already finished" in again.out
 
 
 def test_what_does_not_compare(run_command: JobRunner, root: Path, tmp_path: Path) -> None:

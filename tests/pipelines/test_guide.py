@@ -42,7 +42,7 @@ def plain(ray_head: RayHead, home: Path) -> Path:
     data = ["--root_dir", "./", "--dataset_name", "demo"]
     guide(ray_head, home, "extract", *data, *sae, "--vit_type", "base")
     out = guide(ray_head, home, "class_latents", *data, "--threshold", "0.2", *sae, "--vit_type", "base")
-    assert "done already" in out
+    assert "already finished" in out
     counts = ["--cls_wise_sae_activation_path", "out/feature_data/base/demo/cls_sae_cnt.npy"]
     guide(ray_head, home, "steer", *data, *sae, *counts, "--split", "test")
     return home
@@ -75,7 +75,7 @@ def adapted(ray_head: RayHead, plain: Path) -> Path:
     maple = ["--vit_type", "maple", "--model_path", str(ADAPTER_WEIGHTS), "--config_path", str(ADAPTER_CONFIG)]
     guide(ray_head, home, "extract", *data, *maple)
     out = guide(ray_head, home, "class_latents", *data, "--threshold", "0.2", *maple)
-    assert "done already" in out
+    assert "already finished" in out
     counts = "out/feature_data/maple/demo/cls_sae_cnt.npy"
     guide(ray_head, home, "steer", *data, "--cls_wise_sae_activation_path", counts, *maple, "--split", "test")
     out = guide(ray_head, home, "compare", "--root_dir", "./", "--dataset_name", "demo")

@@ -180,7 +180,7 @@ def test_on_s3_with_the_server_killed_in_mid_run(
     assert results(root) == undisturbed
     again = start(ray_head, ready_mlflow, tmp_path / "again", root, *flags_of("s3://bucket/data/rows.parquet"))
     assert again.wait(100) == 0
-    assert "done already" in (tmp_path / "again" / "out").read_text()
+    assert "already finished" in (tmp_path / "again" / "out").read_text()
     assert "Ray:" not in (tmp_path / "again" / "out").read_text(), "no cluster is joined"
 
 

@@ -82,13 +82,13 @@ def test_train_writes_checkpoints_that_read_back(train_here: Train, tmp_path: Pa
     assert early.digest != found.digest
     caplog.set_level("INFO")
     assert train_here(*flags) == json.loads((folder / "run.json").read_text())["runs"]["train"]["summary"]
-    assert "done already" in caplog.text
+    assert "already finished" in caplog.text
     with pytest.raises(UserError, match=r"lr 0.0004 there, 0.1 here"):
         train_here(*flags, "--lr", "0.1")
     assert checkpoint(tmp_path, "tiny").digest == found.digest
     caplog.clear()
     train_here(*flags, "--overwrite")
-    assert "done already" not in caplog.text
+    assert "already finished" not in caplog.text
     assert checkpoint(tmp_path, "tiny").digest == found.digest
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,65 @@ def test_refused(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not storage.exists("/tmp/patchsae_ray_was_here")
+
+
+def odd(name: str) -> torch.Tensor:
+    """A tensor in b_enc's place."""
+    with warnings.catch_warnings():  # torch's own: these layouts are prototypes
+        warnings.simplefilter("ignore")
+        return {
+            "sparse": lambda: torch.ones(24).to_sparse(),
+            "sparse rows": lambda: torch.ones(24, 1).to_sparse_csr(),
+            "nested": lambda: torch.nested.nested_tensor([torch.ones(12), torch.ones(12)]),
+            "quantised": lambda: torch.quantize_per_tensor(torch.ones(24), 0.1, 0, torch.qint8),
+            "meta": lambda: torch.ones(24, device="meta"),
+            "complex": lambda: torch.ones(24, dtype=torch.complex64),
+            "whole numbers": lambda: torch.ones(24, dtype=torch.int64),
+            "empty": lambda: torch.zeros(0),
+        }[name]()
+
+
+ODD = ("sparse", "sparse rows", "nested", "quantised", "meta", "complex", "whole numbers", "empty")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_tensors_of_other_kinds_are_refused(tmp_path: Path, name: str) -> None:
+    torch.save({"cfg": CONFIG, "state_dict": {**tensors(), "b_enc": odd(name)}}, tmp_path / "sae.pt")
+    with pytest.raises(UserError, match=r"sae\.pt"):
+        read_checkpoint(str(tmp_path / "sae.pt"))
+
+
+def test_an_autoencoder_without_latents_is_refused(tmp_path: Path) -> None:
+    none = {"W_enc": torch.zeros(8, 0), "b_enc": torch.zeros(0), "W_dec": torch.zeros(0, 8), "b_dec": torch.zeros(8)}
+    torch.save({"cfg": CONFIG, "state_dict": none}, tmp_path / "sae.pt")
+    with pytest.raises(UserError, match=r"W_enc is \(8, 0\) of torch.float32"):
+        read_checkpoint(str(tmp_path / "sae.pt"))
+
+
+def shared_lists(levels: int) -> list[object]:
+    """A few bytes in a file, 10 to the power of `levels` elements when printed."""
+    inside: list[object] = [0] * 10
+    for _ in range(levels):
+        inside = [inside] * 10
+    return inside
+
+
+@pytest.mark.parametrize("key", ["block_layer", "d_in", "architecture", "model_name", "gated_sae"])
+@pytest.mark.parametrize(
+    "value", [shared_lists(30), torch.ones(3), torch.ones(2, 2).to_sparse()], ids=["lists", "tensor", "sparse"]
+)
+def test_settings_that_are_no_plain_values_take_no_memory(tmp_path: Path, key: str, value: object) -> None:
+    torch.save({"cfg": {**CONFIG, key: value}, "state_dict": tensors()}, tmp_path / "sae.pt")
+    if key == "model_name":
+        assert len(str(read_checkpoint(str(tmp_path / "sae.pt")).model_name)) < 20
+        return
+    with pytest.raises(UserError, match=r"sae\.pt") as caught:
+        read_checkpoint(str(tmp_path / "sae.pt"))
+    assert len(str(caught.value)) < 500
+
+
+def test_torchs_old_format_is_named(tmp_path: Path) -> None:
+    content = {"cfg": CONFIG, "state_dict": tensors()}
+    torch.save(content, tmp_path / "sae.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=r"sae\.pt is saved in torch's old format; load it with torch and save it again"):
+        read_checkpoint(str(tmp_path / "sae.pt"))

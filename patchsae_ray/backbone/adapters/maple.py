@@ -25,7 +25,7 @@ from patchsae_ray.backbone.clip import Backbone, build_vision
 from patchsae_ray.backbone.config import BackboneConfig
 from patchsae_ray.backbone.weights import StateDict
 from patchsae_ray.errors import UserError
-from patchsae_ray.inert import load_inert
+from patchsae_ray.inert import check_tensor, load_inert
 
 CLASSES_AT_ONCE = 128
 _LEARNER = "prompt_learner."
@@ -85,7 +85,11 @@ def read_learner(path: str) -> tuple[StateDict, StateDict]:
     loaded = load_inert(path, storage.read_bytes(path), lambda name: True, "tensors")
     state = loaded.get("state_dict") if isinstance(loaded, dict) else None
     found = state.items() if isinstance(state, dict) else ()
-    tensors = {str(name).removeprefix("module."): value for name, value in found if isinstance(value, Tensor)}
+    tensors = {
+        name.removeprefix("module."): value for name, value in found if isinstance(name, str) and isinstance(value, Tensor)
+    }
+    for name, value in tensors.items():
+        check_tensor(f"--model_path {path}", name, value)
     learner = {name.removeprefix(_LEARNER): value for name, value in tensors.items() if name.startswith(_LEARNER)}
     learner = {name: value for name, value in learner.items() if name not in _MADE_AGAIN}
     if not learner:
