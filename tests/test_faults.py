@@ -1,5 +1,6 @@
 """What each error is put down to, with a real S3 server that fails in all its ways; and that waiting mends it."""
 
+import errno
 import io
 import math
 import os
@@ -194,11 +195,19 @@ class Response:
         (NotADirectoryError("x"), UserError),
         (NotImplementedError(), UserError),
         (OSError(28, "No space left on device"), StoreError),
+        (OSError(errno.EINVAL, "Invalid argument"), StoreError),
+        (RecursionError("maximum recursion depth exceeded"), UserError),
     ],
     ids=repr,
 )
 def test_what_an_error_is_put_down_to(error: Exception, kind: type[UserError]) -> None:
     assert type(as_ours(error, "s3://bucket/x")) is kind
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG])
+def test_what_a_path_of_this_machine_cannot_be_is_not_waited_for(number: int) -> None:
+    for uri in ("/data/x", "file:///data/x"):
+        assert type(as_ours(OSError(number, os.strerror(number)), uri)) is UserError
 
 
 def test_running_out_of_memory_is_not_the_stores_fault() -> None:
