@@ -1,8 +1,8 @@
 """What the settings of several jobs have in common."""
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
 
 from patchsae_ray.errors import UserError
 from patchsae_ray.names import VIT_TYPES, Device, Precision, expanded
@@ -26,6 +26,9 @@ class FolderSettings:
         for name, value in vars(self).copy().items():
             if isinstance(value, str):
                 object.__setattr__(self, name, expanded(value))  # the class is frozen
+        for field in fields(self):
+            if getattr(self, field.name) is None and type(None) not in get_args(field.type):
+                raise UserError(f"--{field.name}: null is no value for it; leave it out for its default")
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name, None)
             if value is not None and not low <= value <= high:
@@ -156,8 +159,8 @@ class PoolSettings(ModelSettings):
             return None
         low, colon, high = self.workers.partition(":")
         bounds = (low, high if colon else low)
-        if not all(part.isdecimal() for part in bounds) or not 1 <= int(bounds[0]) <= int(bounds[1]):
-            raise UserError(f"--workers {self.workers}: N, or MIN:MAX with MIN from 1 and not above MAX, would be right")
+        if not all(part.isdecimal() and len(part) < 10 for part in bounds) or not 1 <= int(bounds[0]) <= int(bounds[1]):
+            raise UserError(f"--workers {self.workers[:40]}: N, or MIN:MAX with MIN from 1 and not above MAX, would be right")
         return int(bounds[0]), int(bounds[1])
 
 
