@@ -59,7 +59,7 @@ def read_settings(path: str) -> MapleSettings:
 
     Raises: UserError where it is no such file, or a needed key is missing or of the wrong kind.
     """
-    loaded = load_yaml(f"--config_path {path}", storage.read_bytes(path))
+    loaded = load_yaml(f"--config_path {path}", storage.read_text(path).encode())
     trainer = loaded.get("TRAINER") if isinstance(loaded, dict) else None
     found = trainer.get("MAPLE") if isinstance(trainer, dict) else None
     if not isinstance(found, dict):
