@@ -4,9 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from patchsae_ray.errors import UserError, nearest
+from patchsae_ray.yamls import load_yaml
 
 _PACKAGE = Path(__file__).parent
 _SCHEME = "package:"
@@ -37,10 +36,7 @@ def find(kind: str, name: str, allowed: frozenset[str], required: frozenset[str]
 
 
 def _read(path: Path, allowed: frozenset[str], required: frozenset[str]) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    config = load_yaml(str(path), path.read_bytes())
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a mapping of {', '.join(sorted(allowed))}")
     for key in config:
@@ -48,7 +44,21 @@ def _read(path: Path, allowed: frozenset[str], required: frozenset[str]) -> dict
             raise UserError(f"{path}: unknown key {key!r}{nearest(str(key), allowed)}")
     if missing := sorted(required - set(config)):
         raise UserError(f"{path}: {', '.join(missing)} missing")
+    for key, value in config.items():
+        _check_kind(path, key, value)
     return {key: _in_package(value) for key, value in config.items()}
+
+
+def _check_kind(path: Path, key: str, value: Any) -> None:
+    """Raises: UserError where a value is not of the kind that its key takes: text, or a mapping from text."""
+    wanted = {"splits": "a mapping of texts to texts", "train_defaults": "a mapping of settings"}.get(key, "text")
+    if wanted == "text":
+        fits = isinstance(value, str)
+    else:
+        fits = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+        fits = fits and (key != "splits" or all(isinstance(one, str) for one in value.values()))
+    if not fits:
+        raise UserError(f"{path}: {key} is {value!r}; {wanted} would be right")
 
 
 def _in_package(value: Any) -> Any:

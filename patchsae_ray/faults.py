@@ -3,6 +3,7 @@
 docs/faults.md has the table of all faults and of what follows from each.
 """
 
+import errno
 import logging
 import random
 import time
@@ -36,6 +37,9 @@ _NO_CREDENTIALS = {
     "UnauthorizedSSOTokenError", "NoAuthTokenError",
 }  # fmt: skip
 """botocore's errors where it finds no credentials, or cannot renew them."""
+
+_LOCAL_FAULTS = (errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)
+"""Errors of this machine's file system that lie in the path or in what was asked; to ask again would change nothing."""
 
 
 def s3_code(error: BaseException) -> str:
@@ -87,6 +91,9 @@ def as_ours(error: Exception, uri: str) -> UserError:
         return UserError(f"cannot write {uri}: a file is where a folder should be")
     if isinstance(error, PermissionError) or code in _ACCESS_CODES or status in (401, 403) or kinds & _NO_CREDENTIALS:
         return AccessError(f"no permission for {uri}: {first_line(error)}")
+    local = isinstance(error, OSError) and get_protocol(uri) == "file"
+    if isinstance(error, RecursionError) or (local and getattr(error, "errno", None) in _LOCAL_FAULTS):
+        return UserError(f"cannot read {uri}: {first_line(error)}")
     if isinstance(error, NotImplementedError):
         return UserError(f"{uri}: its file system cannot do this ({first_line(error)})")
     missing = isinstance(error, FileNotFoundError) or status == 404

@@ -1,5 +1,6 @@
 """What each error is put down to, with a real S3 server that fails in all its ways; and that waiting mends it."""
 
+import errno
 import io
 import math
 import os
@@ -271,6 +272,8 @@ class Response:
         (NotADirectoryError("x"), UserError),
         (NotImplementedError(), UserError),
         (OSError(28, "No space left on device"), StoreError),
+        (OSError(errno.EINVAL, "Invalid argument"), StoreError),
+        (RecursionError("maximum recursion depth exceeded"), UserError),
     ],
     ids=repr,
 )
@@ -300,6 +303,12 @@ def test_a_client_that_cannot_be_made_is_put_down_to_its_cause(
     with pytest.raises(UserError, match="s3://bucket/x") as raised:
         storage.read_bytes("s3://bucket/x")
     assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG])
+def test_what_a_path_of_this_machine_cannot_be_is_not_waited_for(number: int) -> None:
+    for uri in ("/data/x", "file:///data/x"):
+        assert type(as_ours(OSError(number, os.strerror(number)), uri)) is UserError
 
 
 def test_running_out_of_memory_is_not_the_stores_fault() -> None:

@@ -4,6 +4,7 @@ import os
 import posixpath
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 
 from patchsae_ray import storage
 from patchsae_ray.data.s3_pages import s3_pages
-from patchsae_ray.errors import NotFound
+from patchsae_ray.errors import NotFound, UserError
 
 IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 ARCHIVE_EXTENSIONS = frozenset({".parquet", ".tar"})
@@ -38,11 +39,6 @@ class Listed:
     """Other files."""
     directories: dict[str, int] = field(default_factory=dict)
     """Of a local folder: directory → time of its last change in ns, before it was read."""
-
-    @property
-    def extensions(self) -> set[str]:
-        """Of the archives."""
-        return {extension_of(entry.path) for entry in self.archives}
 
 
 def extension_of(path: str) -> str:
@@ -153,43 +149,81 @@ def list_branch(branch: Branch) -> Listed:
     uri = storage.join(branch.root, branch.path) if branch.path else branch.root
     with storage.reaching(uri):
         if storage.is_local(branch.root):
-            _walk(uri.removeprefix("file://"), branch.path, branch, branch.above, collecting)
+            with _permitted():
+                _walk(branch, collecting)
         else:
             for name, size, version in _remote(uri, branch.deep):
                 collecting.add(posixpath.join(branch.path, name), size, version)
     return collecting.done()
 
 
-def _walk(folder: str, path: str, branch: Branch, above: tuple[tuple[int, int], ...], collecting: _Collecting) -> None:
+def _walk(branch: Branch, collecting: _Collecting) -> None:
+    root = branch.root.removeprefix("file://")
+    waiting = [(branch.path, branch.above)]
+    while waiting:
+        path, above = waiting.pop()
+        folder = posixpath.join(root, path) if path else root
+        own = _read_folder(folder, path, collecting)
+        above = (*above, own.identity)
+        for name in reversed(own.below if branch.deep else ()):
+            found = Path(folder, name).stat()
+            if not name.startswith(".") and (found.st_dev, found.st_ino) not in above:
+                waiting.append((posixpath.join(path, name), above))
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """What a local folder is, and which folders are in it."""
+
+    identity: tuple[int, int]
+    below: list[str]
+
+
+def _read_folder(folder: str, path: str, collecting: _Collecting) -> _Folder:
+    """Take in a local folder's files."""
     own = Path(folder).stat()
     collecting.listed.directories[folder] = own.st_mtime_ns
-    above = (*above, (own.st_dev, own.st_ino))
     below: list[str] = []
     prefix = f"{path}/" if path else ""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            if _is_folder(entry):
                 below.append(entry.name)
                 continue
-            size = _size_of(entry)
-            if size is not None:
-                archive = entry.name[-8:].lower().endswith(_ARCHIVE_ENDS)
-                said = {"mtime": entry.stat().st_mtime} if archive else None
-                collecting.add(prefix + entry.name, size, said)
-    for name in below if branch.deep else ():
-        inner = posixpath.join(folder, name)
-        found = Path(inner).stat()
-        if not name.startswith(".") and (found.st_dev, found.st_ino) not in above:
-            _walk(inner, posixpath.join(path, name), branch, above, collecting)
+            found = _stat(entry)
+            if found is None or stat.S_ISREG(found.st_mode):
+                archive = found is not None and entry.name[-8:].lower().endswith(_ARCHIVE_ENDS)
+                said = {"mtime": found.st_mtime} if found is not None and archive else None
+                collecting.add(prefix + entry.name, found.st_size if found is not None else 0, said)
+    return _Folder((own.st_dev, own.st_ino), below)
 
 
-def _size_of(entry: "os.DirEntry[str]") -> int | None:
-    """Bytes of a file, 0 where a link leads nowhere; None for pipes, sockets and devices."""
+@contextmanager
+def _permitted() -> Iterator[None]:
+    """Reading of local folders.
+
+    Raises: UserError where this user may not: nothing would change while one waits.
+    """
     try:
-        found = entry.stat()
+        yield
+    except PermissionError as error:
+        raise UserError(f"{os.fsdecode(error.filename or '')}: no permission to list this folder") from error
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether it is one or leads to one; a link that leads to itself does not."""
+    try:
+        return entry.is_dir()
     except OSError:
-        return 0
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+        return False
+
+
+def _stat(entry: "os.DirEntry[str]") -> os.stat_result | None:
+    """None where a link leads nowhere."""
+    try:
+        return entry.stat()
+    except OSError:
+        return None
 
 
 def _remote(uri: str, deep: bool) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -217,7 +251,8 @@ def branches(root: str, prefixes: tuple[str, ...] = ()) -> list[Branch]:
     """
     with storage.reaching(root):
         if storage.is_local(root):
-            return _local_branches(root.removeprefix("file://"), prefixes)
+            with _permitted():
+                return _local_branches(root.removeprefix("file://"), prefixes)
         return _remote_branches(root, prefixes)
 
 
@@ -236,7 +271,7 @@ def _local_branches(root: str, prefixes: tuple[str, ...]) -> list[Branch]:
         found.append(Branch(root, path, False, prefixes, above))
         above = (*above, (own.st_dev, own.st_ino))
         with os.scandir(folder) as entries:
-            below = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            below = sorted(entry.name for entry in entries if _is_folder(entry) and not entry.name.startswith("."))
         identities = {name: Path(folder, name).stat() for name in below}
         below = [name for name in below if (identities[name].st_dev, identities[name].st_ino) not in above]
         if len(below) != 1:

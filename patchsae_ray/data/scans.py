@@ -1,12 +1,14 @@
 """Looking into Parquet files and tars: what they hold, pixels apart."""
 
+import io
 import json
 import logging
 import posixpath
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,10 @@ from patchsae_ray.errors import UserError, first_line
 log = logging.getLogger(__name__)
 
 TAR_BLOCK = 512
+_MAX_CLS_BYTES = 64
+_MAX_HEADER_BYTES = 2**20
+"""Of a member's long name and of what else its header says."""
+_MAX_LABEL = int(np.iinfo(np.int32).max)
 
 
 @dataclass
@@ -88,7 +94,7 @@ def _scan_labels(scan: ParquetScan, column: Any, name: str) -> None:
     kind = column.type
     if pa.types.is_integer(kind):
         labels = column.cast(pa.int64()).fill_null(NO_LABEL).to_numpy()
-        if labels.max(initial=0) > np.iinfo(np.int32).max:
+        if labels.max(initial=0) > _MAX_LABEL:
             raise UserError(f"{scan.uri}: label column {name!r} holds {labels.max()}; numbers below 2^31 would be right")
         scan.label_codes = np.maximum(labels, NO_LABEL).astype(np.int32)
         scan.labels = storage.digest([labels.tobytes()])
@@ -131,11 +137,12 @@ def numbered(codes: Sequence[np.ndarray], names: Sequence[Sequence[str]], values
 def _declared_names(schema: Any, column: str) -> tuple[str, ...]:
     """Hugging Face's ClassLabel names in the schema's metadata, if they are there."""
     try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    except ValueError:
+        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    except (ValueError, RecursionError):
         return ()
-    names = (features.get(column) or {}).get("names") or ()
-    return tuple(str(name) for name in names)
+    for key in ("info", "features", column, "names"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return tuple(str(name) for name in found) if isinstance(found, list) else ()
 
 
 @dataclass
@@ -159,15 +166,53 @@ def scan_tar(uri: str) -> TarScan:
     remote tar contents are passed over where they are longer than what is fetched ahead, and read over where not: to ask
     again would take longer.
 
-    Raises: UserError where it is no tar, is cut short, or has .cls members that are no numbers.
+    Raises: UserError where it is no tar, is cut short, has .cls members that are no numbers below 2^31, or headers that claim
+        more than 1 MiB for themselves.
     """
     scan = TarScan()
     with storage.open_read(uri) as file:
         try:
-            scan.members = storage.digest(_scan_members(uri, file, scan))
+            scan.members = storage.digest(_scan_members(uri, cast(IO[bytes], _Bounded(uri, file)), scan))
         except (tarfile.TarError, ValueError) as error:
             raise UserError(f"{uri} is not a whole tar of images and .cls numbers: {first_line(error)}") from error
     return scan
+
+
+class _Bounded(io.RawIOBase):
+    """A tar that is read in no larger pieces, and no further, than its size allows, whatever its headers claim."""
+
+    def __init__(self, uri: str, file: IO[bytes]) -> None:
+        self._uri, self._file = uri, file
+        self._size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(min(position, self._size) if whence == io.SEEK_SET else position, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        """Raises: UserError where a header claims more than `_MAX_HEADER_BYTES` for itself: nothing else is read at once."""
+        if not 0 <= size <= _MAX_HEADER_BYTES + TAR_BLOCK:
+            at = self._file.tell() - TAR_BLOCK
+            raise UserError(f"{self._uri}: the header at byte {at} claims {size:,} bytes of name; up to 1 MiB would be right")
+        return self._file.read(size)
+
+
+def _label_in(uri: str, archive: tarfile.TarFile, member: tarfile.TarInfo) -> int:
+    """The number in a .cls member; -1 for negative ones.
+
+    Raises: UserError that names the member where it holds something else.
+    """
+    try:
+        content = archive.extractfile(member)
+    except KeyError:  # a link to a member that is not there
+        content = None
+    text = content.read(_MAX_CLS_BYTES + 1).strip() if content is not None else b""
+    if len(text) > _MAX_CLS_BYTES or not re.fullmatch(rb"[+-]?[0-9]+", text) or int(text) > _MAX_LABEL:
+        raise UserError(f"{uri}: {member.name} holds {text[:24]!r}; a number below 2^31 would be right")
+    return max(int(text), NO_LABEL)
 
 
 def _scan_members(uri: str, file: IO[bytes], scan: TarScan) -> Iterator[str]:
@@ -178,9 +223,8 @@ def _scan_members(uri: str, file: IO[bytes], scan: TarScan) -> Iterator[str]:
         yield f"{member.name} {member.size} {member.mtime} {member.offset_data}"
         if key != previous:
             previous, has_image, label = key, False, NO_LABEL
-        content = archive.extractfile(member) if archive is not None and extension == ".cls" else None
-        if content is not None:
-            label = int(content.read())
+        if archive is not None and extension == ".cls" and not member.isdir():
+            label = _label_in(uri, archive, member)
             if has_image:
                 scan.labels[-1] = label
             yield str(label)

@@ -6,6 +6,7 @@ them, for they are wanted all together as well.
 """
 
 import io
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -108,7 +109,14 @@ class Part:
 
 
 def rows_of(uris: Sequence[str], file: np.ndarray, names: pa.Array, at: np.ndarray, sizes: np.ndarray) -> pa.Table:
-    """Rows of IMAGE_SCHEMA: `file` says which of `uris` each image is in."""
+    """Rows of IMAGE_SCHEMA: `file` says which of `uris` each image is in.
+
+    Raises: UserError where one of `uris` is no UTF-8.
+    """
+    for uri in uris:
+        if not (uri.isascii() or os.fsencode(uri).decode(errors="ignore") == uri):
+            shown = os.fsencode(uri).decode(errors="backslashreplace")
+            raise UserError(f"{shown}: this name is not UTF-8; a name that is would be right")
     where = pa.DictionaryArray.from_arrays(pa.array(file, pa.int32()), pa.array(uris, pa.string()))
     columns = [where, names, pa.array(at, pa.int64()), pa.array(sizes, pa.int64())]
     return pa.Table.from_arrays(columns, schema=IMAGE_SCHEMA)

@@ -51,9 +51,9 @@ def parse_rankings(text: str) -> list[Ranking]:
         name, colon, orders = part.partition(":")
         if name not in RANKINGS:
             raise UserError(f"--rank_by {part!r}: {', '.join(RANKINGS)} are known{nearest(name, list(RANKINGS))}")
-        if colon and (name != "random" or not orders.isdecimal() or not 1 <= int(orders) <= MAX_ORDERS):
+        if colon and (name != "random" or not orders.isdecimal() or len(orders) > 9 or not 1 <= int(orders) <= MAX_ORDERS):
             right = f"random:N with N from 1 to {MAX_ORDERS}" if name == "random" else name
-            raise UserError(f"--rank_by {part!r}: {right} would be right")
+            raise UserError(f"--rank_by {part[:40]!r}: {right} would be right")
         if name in {ranking.name for ranking in rankings}:
             raise UserError(f"--rank_by {text!r}: {name} is there twice; once would be right")
         rankings.append(Ranking(name, int(orders) if colon else 1))

@@ -25,7 +25,7 @@ from patchsae_ray.names import Tokens
 from patchsae_ray.pipelines.manifests import ManifestTasks
 from patchsae_ray.sae.checkpoint import SaeCheckpoint, read_checkpoint
 from patchsae_ray.sae.model import SparseAutoencoder
-from patchsae_ray.settings import ModelSettings, SaeSettings
+from patchsae_ray.settings import ClassLatentsSettings, ModelSettings, SaeSettings
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,10 @@ class LoadedModel:
         return found if self.checkpoint is None else {**found, "sae": self.checkpoint.digest}
 
 
+MAX_COUNT_BYTES = 2**35
+"""Of tokens by threshold, latent and class: 87,000 classes of 49,152 latents."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a pass is about, read and checked."""
@@ -130,7 +134,23 @@ def read_inputs(settings: SaeSettings, text: bool = False) -> Inputs:
         settings.dataset_name, settings.dataset_path, settings.split, settings.classnames, settings.root_dir, settings.relist,
         ManifestTasks(settings.ray_address, settings.root_dir),
     )  # fmt: skip
+    thresholds = len(settings.thresholds()) if isinstance(settings, ClassLatentsSettings) else 1
+    check_class_counts(manifest, model.autoencoder.d_sae, thresholds)
     return Inputs(model, manifest)
+
+
+def check_class_counts(manifest: Manifest, num_latents: int, num_thresholds: int) -> None:
+    """See that counts by class, 8 bytes each, can be held before they are made.
+
+    Raises: UserError where they take more than MAX_COUNT_BYTES.
+    """
+    needed = 8 * num_thresholds * num_latents * manifest.num_classes
+    if needed > MAX_COUNT_BYTES:
+        raise UserError(
+            f"{manifest.source} has labels up to {manifest.num_classes - 1:,}: counts of {num_latents:,} latents by class "
+            f"would take {needed >> 30:,} GiB, at most {MAX_COUNT_BYTES >> 30} are made; labels that count from 0 without gaps "
+            "(and are those of --classnames), or a label column of names, would be right"
+        )
 
 
 def load_model(settings: ModelSettings, text: bool = False) -> LoadedModel:

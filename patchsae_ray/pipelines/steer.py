@@ -43,8 +43,8 @@ def parse_topk(text: str, num_latents: int) -> tuple[int, ...]:
         if part == "all":
             ks.add(num_latents)
             continue
-        if not part.isdecimal() or int(part) == 0:
-            raise UserError(f"--topk {part!r}: numbers of latents from 1, or all, separated by commas")
+        if not part.isdecimal() or len(part) > 9 or int(part) == 0:
+            raise UserError(f"--topk {part[:40]!r}: numbers of latents from 1, or all, separated by commas")
         if int(part) <= num_latents:
             ks.add(int(part))
         elif not default:

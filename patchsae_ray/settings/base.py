@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from patchsae_ray.errors import UserError
 from patchsae_ray.names import VIT_TYPES, Device, Precision, expanded
@@ -28,6 +28,8 @@ class FolderSettings:
         """
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is None and type(None) not in get_args(field.type):
+                raise UserError(f"--{field.name}: null is no value for it; leave it out for its default")
             if not isinstance(value, str):
                 continue
             text = expanded(value)
@@ -166,8 +168,8 @@ class PoolSettings(ModelSettings):
             return None
         low, colon, high = self.workers.partition(":")
         bounds = (low, high if colon else low)
-        if not all(part.isdecimal() for part in bounds) or not 1 <= int(bounds[0]) <= int(bounds[1]):
-            raise UserError(f"--workers {self.workers}: N, or MIN:MAX with MIN from 1 and not above MAX, would be right")
+        if not all(part.isdecimal() and len(part) < 10 for part in bounds) or not 1 <= int(bounds[0]) <= int(bounds[1]):
+            raise UserError(f"--workers {self.workers[:40]}: N, or MIN:MAX with MIN from 1 and not above MAX, would be right")
         return int(bounds[0]), int(bounds[1])
 
 

@@ -27,7 +27,7 @@ class TrainSettings(PoolSettings):
     batch_size: int = 128
     """A training step's tokens, over all workers, as a number of images whose tokens they would be."""
     batch_tokens: int | None = None
-    """The same as a number of tokens, in place of --batch_size; with --batching tokens."""
+    """The same as a number of tokens; with --batching tokens. Where it is given, --batch_size is not looked at."""
     batching: Batching = "tokens"
     """tokens: a batch's tokens come from as many images as the buffer allows; images: whole images, PatchSAE's own."""
     buffer_tokens: int = 2**21

@@ -185,3 +185,70 @@ def test_hostile_images_are_named_and_take_no_memory_in_any_thread(tmp_path: Pat
     for found, (_, wanted) in zip(reasons, [*hostile.values()] * 4, strict=True):
         assert re.match(wanted, found), found
     assert int(grown) < 300, f"{grown} MiB above the usual"
+
+
+def large_canvas(width: int, height: int) -> bytes:
+    """A WebP of a 16 x 16 frame on a canvas that is as large as it claims."""
+    data = bytearray(encoded(Image.new("RGBA", (16, 16), (1, 2, 3, 4)), "WEBP", lossless=True))
+    body = data[12:]
+    chunk = b"VP8X" + (10).to_bytes(4, "little") + b"\x10\0\0\0"
+    chunk += (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    frame = (0).to_bytes(6, "little") + (15).to_bytes(3, "little") * 2 + (0).to_bytes(4, "little")
+    chunk = chunk.replace(b"\x10\0\0\0", b"\x12\0\0\0", 1) + b"ANIM" + (6).to_bytes(4, "little") + bytes(6)
+    chunk += b"ANMF" + (len(frame) + len(body)).to_bytes(4, "little") + frame + body
+    return b"RIFF" + (4 + len(chunk)).to_bytes(4, "little") + b"WEBP" + chunk
+
+
+LARGE = """
+import resource, sys
+from pathlib import Path
+from patchsae_ray.data.images import BadImage, decode
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 1024)
+decode(Path(sys.argv[1]).read_bytes(), 224)
+data, usual = Path(sys.argv[2]).read_bytes(), peak()
+try:
+    print(decode(data, 224).shape)
+except BadImage as error:
+    print(error)
+print(peak() - usual)
+"""
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ("webp", "too large: 9,400 x 9,400 pixels of WEBP"),
+        ("grey16", r"\(224, 224, 3\)"),
+        ("alpha", "too large: 9,400 x 9,400 pixels of PNG in mode RGBA"),
+    ],
+)
+def test_a_small_file_takes_no_more_memory_than_a_large_photo(form: str, reason: str, tmp_path: Path) -> None:
+    make = {
+        "webp": lambda: large_canvas(9_400, 9_400),
+        "grey16": lambda: encoded(Image.new("I;16", (9_400, 9_400), 0x8080), compress_level=1),
+        "alpha": lambda: encoded(Image.new("RGBA", (9_400, 9_400)), compress_level=1),
+    }
+    (tmp_path / "usual.png").write_bytes(encoded(gradient(640, 480)))
+    (tmp_path / "large").write_bytes(make[form]())
+    command = [sys.executable, "-c", LARGE, str(tmp_path / "usual.png"), str(tmp_path / "large")]
+    said, grown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert re.match(reason, said), said
+    assert int(grown) < 300, f"{grown} MiB above the usual"
+
+
+def test_a_large_photo_of_eight_bits_is_within_the_bound() -> None:
+    for mode in ("L", "RGB"):
+        for form in ("JPEG", "PNG"):
+            image = Image.open(io.BytesIO(encoded(Image.new(mode, (8, 8)), form)))
+            image._size = (10_900, 8_200)
+            images._check_size(image, 224)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "1", "P"])
+def test_converting_after_resizing_changes_nothing(mode: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 4), dtype=np.uint8), "RGBA")
+    image = noise if mode == "RGBA" else noise.convert("RGB").convert("L" if mode == "LA" else mode)
+    if mode == "LA":
+        image.putalpha(noise.getchannel("A"))
+    wanted = image.convert("RGB").resize((32, 41), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(images.rgb_resized(image, 32)), np.asarray(wanted))

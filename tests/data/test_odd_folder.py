@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from patchsae_ray.data.sources import build_manifest
 from patchsae_ray.data.units import decode_unit
+from patchsae_ray.errors import UserError
 from tests.data.makers import picture
 
 
@@ -103,3 +105,51 @@ def test_files_beside_folders_are_in_their_place(tmp_path: Path) -> None:
     manifest = build_manifest(str(tmp_path))
     assert manifest.paths(manifest.units[0]) == names
     assert manifest.classnames == ("all",)
+
+
+def test_a_link_to_itself_is_no_folder(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(picture(1))
+    (tmp_path / "self").symlink_to("self")
+    (tmp_path / "bee" / "self").symlink_to("self")
+    assert build_manifest(str(tmp_path)).num_images == 2
+
+
+def test_a_thousand_folders_in_each_other(tmp_path: Path) -> None:
+    (tmp_path / "ant").mkdir()
+    (tmp_path / "ant" / "1.png").write_bytes(picture(1))
+    folders = [tmp_path / f"bee{'/d' * depth}" for depth in range(1_001)]
+    for folder in folders:
+        folder.mkdir()
+    image = folders[-1] / "2.png"
+    image.write_bytes(picture(2))
+    try:
+        assert build_manifest(str(tmp_path)).num_images == 2
+    finally:  # what clears the test's folder goes down by recursion
+        image.unlink()
+        for folder in reversed(folders):
+            folder.rmdir()
+
+
+def test_a_folder_that_may_not_be_listed_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(picture(1))
+    scandir = os.scandir
+
+    def refusing(folder: str) -> object:
+        if str(folder).endswith("bee"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr("patchsae_ray.data.listing.os.scandir", refusing)
+    with pytest.raises(UserError, match=r"/bee: no permission to list this folder$") as raised:
+        build_manifest(str(tmp_path))
+    assert type(raised.value) is UserError, "this is not waited for"
+
+
+def test_an_archive_that_is_a_link_to_nowhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").symlink_to("gone")
+    with pytest.raises(UserError, match=r"no such file: .*/x\.tar$"):
+        build_manifest(str(tmp_path))

@@ -14,7 +14,6 @@ from typing import Any, Self
 import numpy as np
 import open_clip
 import torch
-import yaml
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
@@ -26,6 +25,7 @@ from patchsae_ray.backbone.config import BackboneConfig
 from patchsae_ray.backbone.weights import StateDict
 from patchsae_ray.errors import UserError
 from patchsae_ray.inert import check_tensor, load_inert
+from patchsae_ray.yamls import load_yaml
 
 CLASSES_AT_ONCE = 128
 _LEARNER = "prompt_learner."
@@ -59,10 +59,7 @@ def read_settings(path: str) -> MapleSettings:
 
     Raises: UserError where it is no such file, or a needed key is missing or of the wrong kind.
     """
-    try:
-        loaded = yaml.safe_load(storage.read_text(path))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config_path {path} is not YAML: {' '.join(str(error).split())}") from error
+    loaded = load_yaml(f"--config_path {path}", storage.read_text(path).encode())
     trainer = loaded.get("TRAINER") if isinstance(loaded, dict) else None
     found = trainer.get("MAPLE") if isinstance(trainer, dict) else None
     if not isinstance(found, dict):
