@@ -104,7 +104,7 @@ def check_tensor(path: str, name: str, value: torch.Tensor) -> None:
 
     Raises: UserError where it is sparse, nested, quantised, complex, or without numbers of its own (meta).
     """
-    plain = value.layout == torch.strided and not value.is_nested and value.device.type == "cpu"
+    plain = value.layout == torch.strided and not value.is_nested and value.is_cpu
     if not plain or value.is_quantized or value.is_complex():
         kind = f"{value.dtype}, {value.layout}, on {value.device}"
         raise UserError(f"{path}: {name} is no plain tensor of real numbers ({kind}); save it as a dense one, on the CPU")

@@ -48,10 +48,10 @@ class Session:
     plan: Plan
     tracker: Tracker
     folder: ResultFolder
-    held: ExitStack = field(default_factory=ExitStack)
-    """What is held until the results are committed."""
     anew: bool = False
     """Whether the folder held this very run, finished, when the work began: it is done again."""
+    held: ExitStack = field(default_factory=ExitStack)
+    """What is held until the results are committed."""
 
 
 def run_once(
@@ -88,7 +88,7 @@ def run_once(
     ):
         tracker.tags({**folder.identity, "run_key": folder.key, "results": folder.uri})
         try:
-            made = work(Session(plan, tracker, folder, held, anew=done is not None))
+            made = work(Session(plan, tracker, folder, done is not None, held))
         except UserError:
             if anew or not folder.done_meanwhile():
                 raise

@@ -132,10 +132,10 @@ def test_what_manifests_want_is_asked_and_gathered_once_for_all_files(tmp_path: 
             return super().__iter__()
 
     for number in range(50):
-        put(tmp_path, f"out/manifests/{number}.arrow", age=2 * UNUSED_AFTER_SECONDS)
-    monkeypatch.setattr(cleaning, "wanted_files", lambda folder, notes: Wanted(["7.arrow"]))
+        put(tmp_path, f"out/manifests/{number:032x}.arrow", age=2 * UNUSED_AFTER_SECONDS)
+    monkeypatch.setattr(cleaning, "wanted_files", lambda folder, notes: Wanted([f"{7:032x}.arrow"]))
     assert clean(str(tmp_path))["removed"] == 49
-    assert left(tmp_path) == {"out/manifests/7.arrow"}
+    assert left(tmp_path) == {f"out/manifests/{7:032x}.arrow"}
     assert gathered == 1
 
 

@@ -29,7 +29,7 @@ from patchsae_ray.pipelines.chunk_rows import DecodeChunk, row_of
 from patchsae_ray.pipelines.decoding import DecodeRow
 ray.get = lambda value: value
 ray.get_runtime_context = lambda: SimpleNamespace(get_node_id=lambda: "a node", get_worker_id=lambda: "a process")
-calls = {"begin": 0, "end": 0, "claim": True}
+calls = {"begin": 0, "end": 0, "claim": True, "died": 0}
 ledger = SimpleNamespace(**{name: SimpleNamespace(remote=lambda *given, said=said: said) for name, said in calls.items()})
 images = open_dataset("few", sys.argv[1], None, None)
 (unit,) = DecodeRow(images, 16, ledger)({"unit": 0})

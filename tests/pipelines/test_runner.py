@@ -38,5 +38,5 @@ def test_the_work_is_told_whether_the_same_run_was_finished(
 
     settings: Any = SimpleNamespace(root_dir=str(tmp_path), overwrite=True)
     plan: Any = SimpleNamespace(precision="fp32", device="cpu", describe=lambda: "")
-    assert run_once(settings, {"fp32": folder}, work, lambda _: plan, anew=True) == {"n": 1.0}
+    assert run_once(settings, {"fp32": folder}, work, lambda _: plan, repeats=True) == {"n": 1.0}
     assert told == [finished]
