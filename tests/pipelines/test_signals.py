@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def committed(root: Path) -> set[str]:
     """Bundles of results, and checkpoints to resume from."""
     found = {entry.path for entry in storage.entries(str(root))}
-    return {path for path in found if path.endswith(".bundle") or "/resume/" in path}
+    return {path for path in found if path.endswith(".bundle") or "/step-" in path}
 
 
 def runs(folder: Path) -> list[Any]:
