@@ -124,7 +124,9 @@ for _ in range(3):
     try:
         ray.get(task)
     except ray.exceptions.RayError:
-        print(ray.get(deaths.remote()))
+        while ray.get(deaths.remote()):  # until Ray has noticed that the node is gone
+            time.sleep(0.05)
+        print("none")
 try:
     ray.get(dies.remote(False))
 except ray.exceptions.WorkerCrashedError:
@@ -138,4 +140,5 @@ def test_a_unit_s_attempts_on_nodes_that_were_killed_are_no_deaths_of_it() -> No
         [sys.executable, "-c", NODES], capture_output=True, text=True, check=False, timeout=250,
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
     )  # fmt: skip
-    assert done.stdout.split() == ["0", "0", "0", "1"], done.stderr
+    counts = [line for line in done.stdout.splitlines() if line == "none" or line.isdecimal()]  # among Ray's own lines
+    assert counts == ["none", "none", "none", "1"], done.stderr
