@@ -114,6 +114,16 @@ def tracked(root_dir: str, job: str, settings: Mapping[str, Any], folder: str, k
     tracker.finish("FINISHED")
 
 
+def check_store() -> None:
+    """Before anything else is begun: see that $MLFLOW_TRACKING_URI, where it is a database's, can be one.
+
+    Raises: UserError that says what is wrong with it.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if given:
+        TrackingServer(given, None).check()
+
+
 def upload_left(root_dir: str, job: str, folder: str, key: str) -> None:
     """Log what earlier starts of a run that is done have left in its spool; where that fails, a line in the log."""
     try:

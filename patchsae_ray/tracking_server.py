@@ -67,6 +67,19 @@ class TrackingServer:
         """Whether it is a file of this machine, and no server that could be away."""
         return self._uri.startswith(("sqlite:", "file:")) or "://" not in self._uri
 
+    @property
+    def _database(self) -> bool:
+        scheme, separator, _ = self._uri.partition("://")
+        return bool(separator) and "sql" in scheme
+
+    def check(self) -> None:
+        """See that a database's URI makes sense, and that its driver is there; nothing is asked of it yet.
+
+        Raises: UserError where it does not, or is not.
+        """
+        if self._database:
+            self._engine().dispose()
+
     def connect(self) -> None:
         """Reach the server, and find or make the experiment.
 
@@ -80,8 +93,7 @@ class TrackingServer:
 
         for noisy in ("alembic", "mlflow"):
             logging.getLogger(noisy).setLevel(logging.ERROR)
-        scheme, separator, _ = self._uri.partition("://")
-        if separator and "sql" in scheme:
+        if self._database:
             self._check_database()
         try:
             client = MlflowClient(tracking_uri=self._uri)
@@ -116,12 +128,7 @@ class TrackingServer:
         """
         import sqlalchemy
 
-        try:
-            engine = sqlalchemy.create_engine(self._uri)
-        except ImportError as error:
-            raise UserError(f"MLFLOW_TRACKING_URI {self.name} needs the Python package {error.name}") from error
-        except Exception as error:  # the port is no number, say
-            raise UserError(f"MLFLOW_TRACKING_URI {self.name} is no database URI: {self._reason(error)}") from error
+        engine = self._engine()
         try:
             if self.local and engine.url.database:
                 Path(engine.url.database).parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +140,16 @@ class TrackingServer:
             raise ServerAway(self._reason(_origin(error))) from error
         finally:
             engine.dispose()
+
+    def _engine(self) -> Any:
+        import sqlalchemy
+
+        try:
+            return sqlalchemy.create_engine(self._uri)
+        except ImportError as error:
+            raise UserError(f"MLFLOW_TRACKING_URI {self.name} needs the Python package {error.name}") from error
+        except Exception as error:  # the port is no number, say
+            raise UserError(f"MLFLOW_TRACKING_URI {self.name} is no database URI: {self._reason(error)}") from error
 
     def find(self, run_id: str) -> frozenset[str] | None:
         """The names of a run's parameters; None where the server has no such run, or it was deleted."""

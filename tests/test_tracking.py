@@ -17,7 +17,7 @@ from patchsae_ray import storage, tracking
 from patchsae_ray.cli import run_job
 from patchsae_ray.errors import UserError
 from patchsae_ray.settings import TrainSettings
-from patchsae_ray.tracking import Tracker, tracked, upload_left
+from patchsae_ray.tracking import Tracker, check_store, tracked, upload_left
 from patchsae_ray.tracking_spool import Entry, Place, Spool
 from tests.conftest import GOLDEN, free_ports
 from tests.pipelines.commands import wait_for
@@ -440,3 +440,13 @@ def test_an_interrupted_block_is_a_killed_run(store: str, tmp_path: Path, monkey
         with pytest.raises(raised), tracked(str(tmp_path), "train", {}, str(tmp_path / "results"), KEY):
             raise raised
         assert only_run(store).info.status == status
+
+
+def test_a_database_without_its_driver_is_refused_before_anything_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://u:SECRET@127.0.0.1:1/db")
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(UserError, match=r"^MLFLOW_TRACKING_URI postgresql://127.0.0.1:1/db needs the Python package psycopg"):
+        check_store()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    check_store()

@@ -13,7 +13,7 @@ from patchsae_ray.pipelines.planning import Plan
 from patchsae_ray.pipelines.results import RUN_FILE, ResultFolder, finished
 from patchsae_ray.redaction import without_secrets
 from patchsae_ray.settings import ModelSettings, as_dict
-from patchsae_ray.tracking import Tracker, tracked, upload_left
+from patchsae_ray.tracking import Tracker, check_store, tracked, upload_left
 from patchsae_ray.writing import check_writable, remove_empty, remove_tree
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ def run_once(
         upload_left(settings.root_dir, done.job, done.uri, done.key)
         return dict(done.record()["summary"])
     check_writable(settings.root_dir)
+    check_store()  # before a cluster is joined, which takes longer than this line may
     plan = join(settings)
     folder = folders[plan.precision]
     folder.check(settings.overwrite)
