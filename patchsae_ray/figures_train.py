@@ -24,7 +24,7 @@ def mixing_figure(mixing: OrderMixing, batch_tokens: int) -> bytes:
         panels["classes"] = classes
     figure = Figure(figsize=(4.2 * len(panels) + 1.6, 2.6), dpi=110, layout="constrained")
     for axes, (what, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for shift, (name, color) in enumerate({"this run": "#2166ac", "tokens drawn at random": "#999999"}.items()):
+        for shift, (name, color) in enumerate({"this run": "#2166ac", "drawn at random": "#999999"}.items()):
             column = [pair[shift] for pair in values]
             bars = axes.barh([row + 0.38 * shift for row in range(len(pairs))], column, height=0.36, color=color, label=name)
             axes.bar_label(bars, labels=[f"{value:,.0f}" for value in column], padding=4)

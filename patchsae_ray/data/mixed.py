@@ -36,7 +36,7 @@ class OrderMixing:
 
     batch: Mixing
     batch_at_random: Mixing
-    """Expected of as many tokens drawn at random from the whole data set."""
+    """Expected of as many draws, tokens or whole images, at random from the whole data set."""
     window: Mixing
     window_at_random: Mixing
     window_steps: int
@@ -84,10 +84,9 @@ def order_mixing(order: LaneOrder, labels: np.ndarray | None) -> OrderMixing:
     batches = first_batches(order, WINDOW_STEPS)
     whole = batches[:-1] if len(batches) == order.steps > 1 else batches  # the last batch of a run may be smaller
     each = [Mixing.of(batch, labels) for batch in whole]
-    batch_tokens = min(order.drawing.batch_size, order.total) * order.drawing.draw_tokens
-    window_tokens = min(len(batches) * order.drawing.batch_size, order.total) * order.drawing.draw_tokens
+    draws = [min(count * order.drawing.batch_size, order.total) for count in (1, len(batches))]
     sizes = None if labels is None else np.bincount(labels[labels != NO_LABEL])
-    at_random = [expected_mixing(order, sizes, tokens) for tokens in (batch_tokens, window_tokens)]
+    at_random = [expected_mixing(order, sizes, count) for count in draws]
     return OrderMixing(
         batch=Mixing(
             float(np.mean([one.images for one in each])),
@@ -100,23 +99,23 @@ def order_mixing(order: LaneOrder, labels: np.ndarray | None) -> OrderMixing:
     )
 
 
-def expected_mixing(order: LaneOrder, class_sizes: np.ndarray | None, tokens: int) -> Mixing:
-    """Expected of tokens drawn at random from all kept tokens of the data set, without replacement.
+def expected_mixing(order: LaneOrder, class_sizes: np.ndarray | None, draws: int) -> Mixing:
+    """Expected of an order's draws, tokens or whole images, at random from the whole data set, without replacement.
 
     Args:
         order: whose data set and share of tokens.
         class_sizes: [c] images of each class, None without labels.
-        tokens: how many are drawn; more than there are give everything.
+        draws: how many; more than there are give everything.
     """
-    kept, images = order.drawing.kept_tokens, order.grain.num_images
+    each, images = order.drawing.image_draws, order.grain.num_images
     classes = None
     if class_sizes is not None:
         sizes, times = np.unique(class_sizes[class_sizes > 0], return_counts=True)
         classes = sum(
-            count * chance_of_any(size * kept, images * kept, tokens)
+            count * chance_of_any(size * each, images * each, draws)
             for size, count in zip(sizes.tolist(), times.tolist(), strict=True)
         )
-    return Mixing(images * chance_of_any(kept, images * kept, tokens), classes)
+    return Mixing(images * chance_of_any(each, images * each, draws), classes)
 
 
 def chance_of_any(marked: int, total: int, drawn: int) -> float:

@@ -323,6 +323,7 @@ def test_lanes_hold_what_the_buffer_allows() -> None:
 def test_whole_images_are_as_many_as_a_batch_takes() -> None:
     order = order_of(lanes=8, batch=8, epochs=3, batching="images")
     assert {len(images) for images in first_batches(order, 5)} == {8}
+    assert order_mixing(order, None).batch_at_random.images == pytest.approx(8)  # of whole images too
 
 
 def test_chances_of_a_random_draw() -> None:
