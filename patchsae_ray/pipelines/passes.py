@@ -116,13 +116,18 @@ class UnitPass(Generic[T]):
         self._check_once(kept, failed)
         kept.check()
         warn_of_several(self.what, kept.notes.devices)
-        if kept.num_units > kept.units_before:
-            here, theirs = int(kept.own.sum()), kept.num_units - kept.units_before - len(failed) - int(kept.own.sum())
-            log.info(
-                "%s: %s images in %s units were done by this driver%s", self.what, f"{kept.images_here:,}", f"{here:,}",
-                f", {theirs:,} units by others" if theirs > 0 else "",
-            )  # fmt: skip
+        self._say_share(kept, failed)
         return totals, kept
+
+    def _say_share(self, kept: Pass, failed: Mapping[int, str]) -> None:
+        """How much of the run this driver has done, unless earlier runs had done it all."""
+        if kept.num_units == kept.units_before:
+            return
+        here, theirs = int(kept.own.sum()), kept.num_units - kept.units_before - len(failed) - int(kept.own.sum())
+        log.info(
+            "%s: %s images in %s units were done by this driver%s", self.what, f"{kept.images_here:,}", f"{here:,}",
+            f", {theirs:,} units by others" if theirs > 0 else "",
+        )  # fmt: skip
 
     @contextmanager
     def _tidied(self) -> Iterator[None]:
@@ -198,6 +203,7 @@ class UnitPass(Generic[T]):
         missing = [unit for unit in absent if unit not in failed]
         if missing and not self.session.anew and self.session.folder.done_meanwhile():
             remove_tree(self.folder.uri)
+            self._say_share(kept, failed)
             raise UserError(f"{self.what}: another driver has finished this run")
         return chosen, missing
 

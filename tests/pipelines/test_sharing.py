@@ -277,8 +277,9 @@ def test_a_second_pass_of_a_run_that_was_finished_since_the_first_is_not_begun(
 
 
 def test_a_run_that_another_driver_has_finished_is_not_begun_again(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     driver = Driver(tmp_path, data, lambda unit: "")
     other = Other(driver)
 
@@ -291,6 +292,7 @@ def test_a_run_that_another_driver_has_finished_is_not_begun_again(
     assert str(error) == "extract: another driver has finished this run"
     assert driver.ran == []
     assert not (tmp_path / "bundles" / "key").exists()
+    assert "extract: 0 images in 0 units were done by this driver, 10 units by others" in caplog.text
 
 
 def test_a_unit_that_was_given_up_counts_until_another_driver_has_done_it(
